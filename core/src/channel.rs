@@ -1,0 +1,76 @@
+//! The byte streams that a transport provides.
+//!
+//! A move uses one control channel and any number of data channels. Each is an ordered, reliable, full-duplex
+//! byte stream with blocking calls; [`HangUp`] ends a blocked call from another thread.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_memory::VolatileSlice;
+
+/// The reading half of a channel.
+pub trait ChannelReader: Send {
+    /// Reads some bytes; 0 means that the peer has finished writing.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// Reads some bytes straight into guest memory; 0 means that the peer has finished writing.
+    fn read_volatile(&mut self, buffer: &mut VolatileSlice<'_, ()>) -> io::Result<usize>;
+}
+
+/// The writing half of a channel.
+pub trait ChannelWriter: Send {
+    /// Writes all of `buffer`, blocking while the peer is slow.
+    fn write_all(&mut self, buffer: &[u8]) -> io::Result<()>;
+
+    /// Bytes given to the socket so far: for TCP and unix sockets those written, for QUIC the UDP payload
+    /// (retransmissions and packet headers included). Never decreases.
+    fn bytes_on_wire(&self) -> u64;
+
+    /// Says that nothing more will be written; what was written is still delivered.
+    fn finish(&mut self) -> io::Result<()>;
+}
+
+/// Breaks a channel from any thread: blocked and later reads and writes fail.
+pub trait HangUp: Send + Sync {
+    /// Breaks the channel. May be called several times.
+    fn hang_up(&self);
+}
+
+/// One connection to a peer, ready for the engine.
+pub struct Channel {
+    /// What the peer writes.
+    pub reader: Box<dyn ChannelReader>,
+    /// What the peer reads.
+    pub writer: Box<dyn ChannelWriter>,
+    /// Ends both halves.
+    pub hang_up: Arc<dyn HangUp>,
+    /// The peer, for messages: `tcp://10.0.0.2:7000`.
+    pub peer: String,
+}
+
+/// What ties data channels to a control channel: chosen at random by the destination for each move and told to
+/// the source over the control channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SessionToken(pub [u8; 16]);
+
+/// Reaches a destination. Implemented by a transport for the source.
+pub trait Dial: Send + Sync {
+    /// Opens the control channel within `limit`.
+    fn control(&self, limit: Duration) -> io::Result<Channel>;
+
+    /// Opens data channel `index` (from 0) of the session that `token` names, within `limit`.
+    fn data(&self, token: SessionToken, index: u16, limit: Duration) -> io::Result<Channel>;
+
+    /// The destination's URI, for messages.
+    fn uri(&self) -> String;
+}
+
+/// Data channels that arrive for one control channel. Implemented by a transport for the destination.
+pub trait IncomingData: Send {
+    /// From here on, data channels that show `token` belong to this session; all others are turned away.
+    fn expect(&mut self, token: SessionToken);
+
+    /// The next data channel and its index, or an error of kind `TimedOut` after `limit`.
+    fn accept(&mut self, limit: Duration) -> io::Result<(u16, Channel)>;
+}

@@ -1,0 +1,32 @@
+//! Godwit's migration engine.
+//!
+//! This crate moves a running virtual machine from one process to another by pre-copy. It knows nothing
+//! of KVM, of sockets or of command lines: a VMM gives it a [`SourceMachine`] or a [`DestinationHost`],
+//! a transport gives it [`Channel`]s, and it does the rest.
+//!
+//! Where to look:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`machine`] | the traits that a VMM implements to be moved |
+//! | [`channel`] | the byte streams that a transport provides |
+//! | [`source`], [`destination`] | the two ends: start a move, steer it, hear how it ended |
+//! | [`phase`] | the phases of a move, in order |
+//! | [`progress`] | what a move says of itself while it runs and when it has ended |
+
+pub mod channel;
+pub mod codec;
+pub mod destination;
+pub mod machine;
+pub mod memory;
+pub mod phase;
+pub mod progress;
+pub mod source;
+
+pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
+pub use machine::{
+    DestinationHost, DestinationMachine, DirtyLog, LoadContext, MachineDescription, MachineError, Refusal, Section,
+    SourceMachine,
+};
+pub use memory::{GuestMemory, PAGE_SIZE};
+pub use phase::Phase;

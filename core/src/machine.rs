@@ -1,0 +1,204 @@
+//! What a VMM implements to be moved.
+//!
+//! At the source one object, a [`SourceMachine`]. At the destination two: a [`DestinationHost`] that judges
+//! whether it can take a machine in and builds it, and the [`DestinationMachine`] that it built. State
+//! crosses as [`Section`]s, which the engine carries without reading them.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::GuestMemory;
+
+/// A running machine that can be sent away.
+///
+/// The engine calls these from its own threads, never two of `pause`, `save`, `resume` at once.
+pub trait SourceMachine: Send + Sync {
+    /// The machine's shape and all that a destination must be able to provide.
+    fn describe(&self) -> Result<MachineDescription, MachineError>;
+
+    /// Guest RAM.
+    fn memory(&self) -> GuestMemory;
+
+    /// The log of pages that the guest writes.
+    fn dirty_log(&self) -> &dyn DirtyLog;
+
+    /// Whether the guest's vCPUs are running (false: somebody paused it before the move began).
+    fn is_running(&self) -> bool;
+
+    /// Stops all vCPUs and drains and flushes all devices within `limit`. After it, nobody writes guest memory.
+    /// On an error the machine runs on as it did. Pausing a paused machine does nothing.
+    fn pause(&self, limit: Duration) -> Result<(), MachineError>;
+
+    /// The state of every vCPU, chip and device of a paused machine. May be called several times.
+    fn save(&self) -> Result<Vec<Section>, MachineError>;
+
+    /// Lets a paused machine run on: also after a failed move, so every ready queue is processed as if kicked.
+    fn resume(&self) -> Result<(), MachineError>;
+
+    /// Limits the vCPUs to this share of their time (1.0: no limit).
+    fn throttle(&self, share: f64);
+}
+
+/// The log of pages that a guest has written. Bits are one per page, least significant first, relative to the
+/// start of a region; regions are numbered as in [`MachineDescription::memory`].
+pub trait DirtyLog: Send + Sync {
+    /// Starts logging. Every page counts as dirty from here on until it is cleared.
+    fn start(&self) -> Result<(), MachineError>;
+
+    /// Stops logging. Stopping a stopped log does nothing.
+    fn stop(&self) -> Result<(), MachineError>;
+
+    /// ORs the dirty bits of `region` into `words` (one bit a page, the last word may be partly used). Clears nothing.
+    fn harvest(&self, region: usize, words: &mut [u64]) -> Result<(), MachineError>;
+
+    /// Clears exactly the bits that are set in `words`, whose first bit is page `first_page` of `region` (a
+    /// multiple of 64), and sees to it that the next write to those pages is logged again.
+    fn clear(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), MachineError>;
+}
+
+/// Judges and builds machines at the destination.
+pub trait DestinationHost: Send {
+    /// What [`DestinationHost::prepare`] builds.
+    type Machine: DestinationMachine;
+
+    /// Every reason why this host cannot take the machine in (empty: it can). Must change nothing.
+    fn check(&mut self, description: &MachineDescription) -> Vec<Refusal>;
+
+    /// Builds the machine, with memory that reads as zeros, and does all that can be done before state arrives.
+    fn prepare(&mut self, description: &MachineDescription) -> Result<Self::Machine, MachineError>;
+}
+
+/// A machine that is being filled with another one's memory and state.
+pub trait DestinationMachine: Send {
+    /// Guest RAM, as large as the source's.
+    fn memory(&self) -> GuestMemory;
+
+    /// Loads state. Called once as a rehearsal before memory arrives (with state that is soon stale) and once for good.
+    fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<(), MachineError>;
+
+    /// Lets the guest run, after [`DestinationMachine::load`]. Not called for a machine that is to stay paused.
+    fn start(&mut self) -> Result<(), MachineError>;
+}
+
+/// What a destination needs beside the sections to load state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LoadContext {
+    /// This host's CLOCK_REALTIME less the source's, in nanoseconds, as measured in the handshake.
+    pub clock_offset_ns: i64,
+}
+
+/// The shape of a machine: what the two ends agree on before any memory is sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDescription {
+    /// The machine's name.
+    pub name: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// RAM regions in ascending order; addresses and sizes are multiples of [`crate::PAGE_SIZE`].
+    pub memory: Vec<RegionDescription>,
+    /// The sections that [`SourceMachine::save`] will produce.
+    pub sections: Vec<SectionVersion>,
+    /// What only the VMM understands (CPU features, devices and what backs them), encoded by the VMM.
+    pub vmm: Vec<u8>,
+}
+
+impl MachineDescription {
+    /// Bytes of RAM.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.iter().fold(0, |sum, region| sum.saturating_add(region.size_bytes))
+    }
+}
+
+/// One contiguous range of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionDescription {
+    /// First guest-physical address.
+    pub guest_address: u64,
+    /// Length in bytes.
+    pub size_bytes: u64,
+}
+
+/// A kind of section and the version of its layout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SectionVersion {
+    /// For example `vcpu/0` or `irqchip`.
+    pub kind: String,
+    /// Version of the payload's layout.
+    pub version: u16,
+}
+
+/// The saved state of one part of a machine.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Section {
+    /// For example `vcpu/0` or `irqchip`.
+    pub kind: String,
+    /// Version of the payload's layout.
+    pub version: u16,
+    /// The state, encoded by the VMM.
+    pub payload: Vec<u8>,
+}
+
+impl fmt::Debug for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} v{} ({} bytes)", self.kind, self.version, self.payload.len())
+    }
+}
+
+/// One reason why a move cannot take place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// What is in the way: `cpu`, `memory`, `tsc`, `disk root`, …
+    pub subject: String,
+    /// Why, in one sentence that a person can act on.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// A refusal of `subject` because of `reason`.
+    pub fn new(subject: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { subject: subject.into(), reason: reason.into() }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.subject, self.reason)
+    }
+}
+
+/// Something the VMM was asked to do and could not.
+#[derive(Debug)]
+pub struct MachineError {
+    what: String,
+    source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl MachineError {
+    /// An error that says what failed, on what, and why.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None }
+    }
+
+    /// The same, with the error that caused it.
+    pub fn with_source(what: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { what: what.into(), source: Some(source.into()) }
+    }
+}
+
+impl fmt::Display for MachineError {
+    /// The whole chain on one line: these errors cross the wire as text.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        let mut cause = self.source.as_deref().map(|source| source as &dyn Error);
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+impl Error for MachineError {}

@@ -1,0 +1,130 @@
+//! What a move says of itself: while it runs ([`Progress`], [`Event`]) and when it has ended ([`Report`]).
+
+use serde::Serialize;
+
+use crate::phase::Phase;
+
+/// Hears of everything worth telling while it happens. Called from the engine's threads: return quickly.
+pub trait Observer: Send + Sync {
+    /// Something happened.
+    fn event(&self, event: Event);
+}
+
+/// An observer that listens to nothing.
+pub struct Silent;
+
+impl Observer for Silent {
+    fn event(&self, _: Event) {}
+}
+
+/// Something that happened in a move.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The move entered a phase.
+    Phase {
+        /// Which one.
+        phase: Phase,
+    },
+    /// A round has ended.
+    Round(RoundReport),
+    /// A decision, and its reason, for a person to read.
+    Decision {
+        /// One sentence.
+        text: String,
+    },
+}
+
+/// A snapshot of a running move.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub struct Progress {
+    /// Where it stands.
+    pub phase: Option<Phase>,
+    /// Current round; 0 is the first pass.
+    pub round: u32,
+    /// Since the move was asked for.
+    pub elapsed_ms: f64,
+    /// From the start until the first page was sent.
+    pub setup_ms: f64,
+    /// All of guest RAM.
+    pub total_bytes: u64,
+    /// Guest bytes still to be sent in this round, as far as known.
+    pub remaining_bytes: u64,
+    /// Both directions, all channels.
+    pub wire_bytes: u64,
+    /// What leaves now, averaged over about a second.
+    pub rate_bytes_per_s: f64,
+    /// Pages that the guest dirtied per second in the last round.
+    pub dirty_pages_per_s: f64,
+    /// The pause, if it began now.
+    pub predicted_pause_ms: Option<f64>,
+    /// Until the move has ended, if it can be told.
+    pub time_left_ms: Option<f64>,
+    /// The cap now in force, bytes per second.
+    pub max_bandwidth_bytes_per_s: Option<u64>,
+    /// The downtime limit now in force.
+    pub downtime_limit_ms: f64,
+    /// Pages sent, by encoding.
+    pub pages: PageCounts,
+}
+
+/// Pages by the way they were sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PageCounts {
+    /// As they are.
+    pub raw: u64,
+    /// As a note that they are all zeros.
+    pub zero: u64,
+    /// Compressed.
+    pub zstd: u64,
+    /// Left out because nothing ever touched them.
+    pub untouched: u64,
+}
+
+/// One round, looked back upon.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct RoundReport {
+    /// 0 is the first pass.
+    pub round: u32,
+    /// How long it took.
+    pub duration_ms: f64,
+    /// Pages sent in it.
+    pub pages_sent: u64,
+    /// Bytes given to sockets in it.
+    pub wire_bytes: u64,
+    /// Pages found dirty when it ended.
+    pub dirty_pages: u64,
+    /// The pause that was predicted when it ended.
+    pub predicted_pause_ms: f64,
+}
+
+/// One step of the pause, at either end.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// `source` or `destination`.
+    pub end: &'static str,
+    /// What was done.
+    pub name: String,
+    /// How long it took.
+    pub duration_ms: f64,
+}
+
+/// A move that has ended, looked back upon.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Report {
+    /// From the request to the end.
+    pub total_ms: f64,
+    /// From the request to pause the vCPUs until *running* was heard. Absent if the guest was never paused.
+    pub downtime_ms: Option<f64>,
+    /// Both directions, all channels.
+    pub wire_bytes: u64,
+    /// Every round.
+    pub rounds: Vec<RoundReport>,
+    /// The pause, step by step.
+    pub steps: Vec<Step>,
+    /// Pages sent, by encoding.
+    pub pages: PageCounts,
+    /// With `--audit`: what the stopped source's memory said against the table.
+    pub audit: Option<String>,
+}

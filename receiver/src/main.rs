@@ -1,0 +1,2 @@
+//! The receiver program.
+fn main() {}

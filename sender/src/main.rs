@@ -1,0 +1,2 @@
+//! The sender program.
+fn main() {}
