@@ -1,1 +1,3 @@
 //! Godwit's vmm.
+
+pub mod workload;
