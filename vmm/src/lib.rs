@@ -1,3 +1,24 @@
-//! Godwit's vmm.
+//! Godwit's KVM machine: small, real, and ready to be moved.
+//!
+//! A [`Machine`] is booted from a [`MachineConfig`] or taken in from another host as an [`IncomingMachine`] that a
+//! [`KvmHost`] builds. It implements the engine's traits and knows nothing of how it is moved.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`config`] | what a machine is made of, and MACHINE.toml |
+//! | [`machine`] | a machine that exists here: run, pause, look inside, stop |
+//! | [`incoming`] | a machine that is being taken in |
+//! | [`workload`] | the guest that rewrites memory at a chosen rate, and its check |
 
+pub mod config;
+pub mod error;
+pub mod incoming;
+pub mod machine;
+mod memory;
 pub mod workload;
+
+pub use config::{ConfigError, MachineConfig};
+pub use error::VmmError;
+pub use incoming::{HostOptions, IncomingMachine, KvmHost};
+pub use machine::{BootOptions, CpuInfo, Machine, MachineEvent, MachineStatus};
+pub use memory::RamRegion;
