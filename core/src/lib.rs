@@ -30,3 +30,13 @@ pub use machine::{
 };
 pub use memory::{GuestMemory, PAGE_SIZE};
 pub use phase::Phase;
+
+mod chunk;
+mod decoder;
+mod encoder;
+mod layout;
+mod pacer;
+mod pending;
+mod table;
+mod touched;
+mod view;

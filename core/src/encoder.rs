@@ -1,0 +1,226 @@
+//! Turns pages into chunks: the sending side of one data channel, without I/O or clock.
+//!
+//! Pages go in one by one, grouped by stripe; bytes come out in [`ChannelEncoder::bytes`], to be written and cleared
+//! by the driver whenever it likes. A page is copied from guest memory exactly once, into the place in the output
+//! where it would stand if sent as it is; zero test, hash and compression all use that copy.
+
+use crate::chunk::{Chunk, HEADER_BYTES, MAX_PAGES, MAX_PROBE_BYTES, ZeroRun};
+use crate::memory::PAGE_SIZE;
+use crate::progress::PageCounts;
+use crate::table::{Page, is_zero};
+
+/// Pages that are compressed together.
+const ZSTD_RUN_PAGES: usize = 16;
+/// Once output grows beyond this much, the driver should write it.
+pub const OUTPUT_BYTES: usize = 128 << 10;
+
+/// Whether and how hard to compress from here on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZstdLevel(pub i32);
+
+/// The sending side of one data channel.
+pub struct ChannelEncoder {
+    out: Vec<u8>,
+    /// The run of raw pages at the end of `out` that is still open: where its header starts and its first frame.
+    run: Option<Run>,
+    zeros: Vec<ZeroRun>,
+    stripe_frame: u64,
+    zstd: Option<Zstd>,
+    chunks: u64,
+    marks: u64,
+    counts: PageCounts,
+}
+
+struct Run {
+    header_at: usize,
+    frame: u64,
+    pages: usize,
+}
+
+struct Zstd {
+    compressor: zstd::bulk::Compressor<'static>,
+    scratch: Vec<u8>,
+}
+
+/// What became of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoded<'a> {
+    /// All zeros.
+    Zero,
+    /// These contents.
+    Contents(&'a Page),
+}
+
+impl ChannelEncoder {
+    /// An encoder that sends pages as they are (`None`) or compresses runs of them.
+    pub fn new(zstd: Option<ZstdLevel>) -> std::io::Result<Self> {
+        let mut encoder = Self {
+            out: Vec::with_capacity(2 * OUTPUT_BYTES),
+            run: None,
+            zeros: Vec::new(),
+            stripe_frame: 0,
+            zstd: None,
+            chunks: 0,
+            marks: 0,
+            counts: PageCounts::default(),
+        };
+        encoder.set_zstd(zstd)?;
+        Ok(encoder)
+    }
+
+    /// Changes compression for pages from here on.
+    pub fn set_zstd(&mut self, level: Option<ZstdLevel>) -> std::io::Result<()> {
+        self.close_run();
+        self.zstd = match level {
+            None => None,
+            Some(ZstdLevel(level)) => {
+                let compressor = zstd::bulk::Compressor::new(level)?;
+                Some(Zstd { compressor, scratch: vec![0; ZSTD_RUN_PAGES * PAGE_SIZE] })
+            }
+        };
+        Ok(())
+    }
+
+    /// Begins a stripe. Every page until [`ChannelEncoder::end_stripe`] lies in it, in ascending order.
+    pub fn begin_stripe(&mut self, first_frame: u64) {
+        self.end_stripe();
+        self.stripe_frame = first_frame;
+    }
+
+    /// Encodes the page at `offset` in the stripe. `copy` fetches its contents, once.
+    pub fn page(&mut self, offset: usize, copy: impl FnOnce(&mut Page)) -> Encoded<'_> {
+        let frame = self.stripe_frame + offset as u64;
+        let most = if self.zstd.is_some() { ZSTD_RUN_PAGES } else { MAX_PAGES };
+        if self.run.as_ref().is_some_and(|run| run.frame + run.pages as u64 != frame || run.pages == most) {
+            self.close_run();
+        }
+        let header_at = self.out.len();
+        if self.run.is_none() {
+            self.out.resize(header_at + HEADER_BYTES, 0);
+        }
+        let page_at = self.out.len();
+        self.out.resize(page_at + PAGE_SIZE, 0);
+        copy(page_mut(&mut self.out, page_at));
+        if is_zero(page_mut(&mut self.out, page_at)) {
+            // What was made room for goes again: the page's place, and the header's if it was the run's first.
+            self.out.truncate(if self.run.is_none() { header_at } else { page_at });
+            self.counts.zero += 1;
+            self.zero(offset);
+            return Encoded::Zero;
+        }
+        let run = self.run.get_or_insert(Run { header_at, frame, pages: 0 });
+        run.pages += 1;
+        Encoded::Contents(page_mut(&mut self.out, page_at))
+    }
+
+    /// Ends the stripe: all of its pages are in the output.
+    pub fn end_stripe(&mut self) {
+        self.close_run();
+        if self.zeros.is_empty() {
+            return;
+        }
+        self.put(Chunk::Zero { frame: self.stripe_frame, runs: self.zeros.len() });
+        for run in self.zeros.drain(..) {
+            self.out.extend_from_slice(&run.encode());
+        }
+    }
+
+    /// Asks for an acknowledgement of all before it and returns the mark's number.
+    pub fn mark(&mut self) -> u64 {
+        self.close_run();
+        self.marks += 1;
+        self.put(Chunk::Mark { number: self.marks });
+        self.marks
+    }
+
+    /// Ends the channel.
+    pub fn end(&mut self) {
+        self.end_stripe();
+        self.put(Chunk::End { chunks: self.chunks });
+    }
+
+    /// Bytes that mean nothing.
+    pub fn probe(&mut self) {
+        self.close_run();
+        self.put(Chunk::Probe { length: MAX_PROBE_BYTES });
+        // Not zeros: a link that compresses would look faster than it is.
+        let mut x = 0x9e37_79b9_7f4a_7c15u64;
+        self.out.extend((0..MAX_PROBE_BYTES / 8).flat_map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x.to_le_bytes()
+        }));
+    }
+
+    /// Bytes encoded and not yet cleared.
+    pub fn len(&self) -> usize {
+        self.out.len()
+    }
+
+    /// What is to be written. Closes an open run.
+    pub fn bytes(&mut self) -> &[u8] {
+        self.close_run();
+        &self.out
+    }
+
+    /// Forgets the bytes: they have been written.
+    pub fn clear(&mut self) {
+        debug_assert!(self.run.is_none(), "cleared without having been asked for the bytes");
+        self.out.clear();
+    }
+
+    /// Pages encoded so far.
+    pub fn counts(&self) -> PageCounts {
+        self.counts
+    }
+
+    fn zero(&mut self, offset: usize) {
+        match self.zeros.last_mut() {
+            Some(run) if usize::from(run.offset + run.pages) == offset => run.pages += 1,
+            _ => self.zeros.push(ZeroRun { offset: offset as u16, pages: 1 }),
+        }
+    }
+
+    fn put(&mut self, chunk: Chunk) {
+        self.out.extend_from_slice(&chunk.encode());
+        self.chunks += 1;
+    }
+
+    fn close_run(&mut self) {
+        let Some(Run { header_at, frame, pages }) = self.run.take() else { return };
+        let contents_at = header_at + HEADER_BYTES;
+        let compressed = self.zstd.as_mut().and_then(|zstd| zstd.compress(&self.out[contents_at..]));
+        let chunk = match compressed {
+            Some(compressed) => {
+                self.counts.zstd += pages as u64;
+                let length = compressed.len();
+                self.out[contents_at..][..length].copy_from_slice(compressed);
+                self.out.truncate(contents_at + length);
+                Chunk::Zstd { frame, pages, length }
+            }
+            None => {
+                self.counts.raw += pages as u64;
+                Chunk::Raw { frame, pages }
+            }
+        };
+        self.out[header_at..][..HEADER_BYTES].copy_from_slice(&chunk.encode());
+        self.chunks += 1;
+    }
+}
+
+impl Zstd {
+    /// `None` if it would not shrink by at least an eighth, which is not worth the destination's work.
+    fn compress(&mut self, contents: &[u8]) -> Option<&[u8]> {
+        let limit = contents.len() - contents.len() / 8;
+        let length = self.compressor.compress_to_buffer(contents, &mut self.scratch[..limit]).ok()?;
+        Some(&self.scratch[..length])
+    }
+}
+
+fn page_mut(out: &mut [u8], at: usize) -> &mut Page {
+    match out[at..].first_chunk_mut() {
+        Some(page) => page,
+        None => unreachable!("the output was grown by a page"),
+    }
+}

@@ -1,0 +1,171 @@
+//! The pages that are still to be sent.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestRegionMmap, MmapRegion};
+
+use crate::layout::{Layout, STRIPE_WORDS, StripeBits};
+use crate::machine::{DirtyLog, MachineError};
+use crate::memory::GuestMemory;
+
+/// One bit for every slot: set by harvests, taken by the channels' workers.
+///
+/// The order that loses nothing: a worker takes a stripe's bits, clears exactly those in the dirty log, and copies
+/// the pages last. A write after the clear is logged again; one before it is in the copy. Harvests only OR bits in.
+#[derive(Debug)]
+pub struct Pending {
+    words: Vec<AtomicU64>,
+}
+
+impl Pending {
+    /// Nothing pending.
+    pub fn new(layout: &Layout) -> Self {
+        Self { words: (0..layout.stripes() * STRIPE_WORDS).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    /// Marks every page.
+    pub fn fill(&self, layout: &Layout) {
+        for index in 0..layout.stripes() {
+            self.merge(index, &layout.stripe(index).all());
+        }
+    }
+
+    /// ORs bits into a stripe.
+    pub fn merge(&self, stripe: usize, bits: &StripeBits) {
+        for (word, bits) in self.words[stripe * STRIPE_WORDS..].iter().zip(bits) {
+            if *bits != 0 {
+                word.fetch_or(*bits, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Takes a stripe's bits, leaving none.
+    pub fn take(&self, stripe: usize) -> StripeBits {
+        let words = &self.words[stripe * STRIPE_WORDS..][..STRIPE_WORDS];
+        std::array::from_fn(|index| match words[index].load(Ordering::Relaxed) {
+            0 => 0,
+            _ => words[index].swap(0, Ordering::AcqRel),
+        })
+    }
+
+    /// Pages pending.
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+    }
+}
+
+/// Collects dirty bits from the two places where they arise: the dirty log for the guest's own writes, and the memory's
+/// bitmap for the writes that the VMM made on its devices' behalf (invariant 3: no byte is lost).
+pub struct Harvester {
+    words: Vec<Vec<u64>>,
+}
+
+impl Harvester {
+    /// A harvester for memory of this layout.
+    pub fn new(layout: &Layout) -> Self {
+        let words = (0..layout.regions()).map(|region| vec![0; layout.region_pages(region).div_ceil(64) as usize]);
+        Self { words: words.collect() }
+    }
+
+    /// ORs all that is dirty into `pending`. Clears the VMM's bitmap, whose bits are now pending, but nothing in the log.
+    pub fn harvest(
+        &mut self,
+        layout: &Layout,
+        log: &dyn DirtyLog,
+        memory: &GuestMemory,
+        pending: &Pending,
+    ) -> Result<(), MachineError> {
+        for (region, (words, mapping)) in self.words.iter_mut().zip(memory.iter()).enumerate() {
+            words.fill(0);
+            log.harvest(region, words)?;
+            merge_vmm_writes(mapping, words);
+            let first_stripe = layout.region_first_stripe(region);
+            for (index, chunk) in words.chunks(STRIPE_WORDS).enumerate() {
+                let mut bits = StripeBits::default();
+                bits[..chunk.len()].copy_from_slice(chunk);
+                let all = layout.stripe(first_stripe + index).all();
+                bits.iter_mut().zip(all).for_each(|(word, all)| *word &= all);
+                pending.merge(first_stripe + index, &bits);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The bitmap's own page size is the host's base page size, which is that of the dirty log on x86-64.
+fn merge_vmm_writes(region: &GuestRegionMmap<AtomicBitmap>, words: &mut [u64]) {
+    let region: &MmapRegion<AtomicBitmap> = region;
+    for (word, vmm) in words.iter_mut().zip(region.bitmap().get_and_reset()) {
+        *word |= vmm;
+    }
+}
+
+/// Forgets what the VMM wrote so far: everything is about to be sent anyway.
+pub fn forget_vmm_writes(memory: &GuestMemory) {
+    for region in memory.iter() {
+        let region: &MmapRegion<AtomicBitmap> = region;
+        region.bitmap().reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::set_bits;
+    use crate::machine::RegionDescription;
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// A log that reports the same pages for ever.
+    struct Fixed(Vec<Vec<u64>>);
+
+    impl DirtyLog for Fixed {
+        fn start(&self) -> Result<(), MachineError> {
+            Ok(())
+        }
+        fn stop(&self) -> Result<(), MachineError> {
+            Ok(())
+        }
+        fn harvest(&self, region: usize, words: &mut [u64]) -> Result<(), MachineError> {
+            words.iter_mut().zip(&self.0[region]).for_each(|(word, dirty)| *word |= dirty);
+            Ok(())
+        }
+        fn clear(&self, _: usize, _: u64, _: &[u64]) -> Result<(), MachineError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn invariant_3_guest_and_vmm_writes_are_both_harvested_and_nothing_is_taken_twice() {
+        let ranges = [(0u64, 3 << 20), (4 << 30, 1 << 20)];
+        let regions: Vec<_> = ranges
+            .iter()
+            .map(|&(guest_address, size)| RegionDescription { guest_address, size_bytes: size as u64 })
+            .collect();
+        let layout = Layout::new(&regions).unwrap();
+        let memory = GuestMemory::from_ranges(&ranges.map(|(address, size)| (GuestAddress(address), size))).unwrap();
+        forget_vmm_writes(&memory);
+        memory.write_obj(1u8, GuestAddress(600 * 4096)).unwrap();
+        memory.write_obj(1u8, GuestAddress((4 << 30) + 5 * 4096)).unwrap();
+        let mut log = Fixed(vec![vec![0; 12], vec![0; 4]]);
+        log.0[0][0] = 0b10;
+        log.0[1][3] = 1 << 63;
+        let pending = Pending::new(&layout);
+        let mut harvester = Harvester::new(&layout);
+        harvester.harvest(&layout, &log, &memory, &pending).unwrap();
+        assert_eq!(pending.count(), 4);
+        let take = |stripe| set_bits(&pending.take(stripe)).collect::<Vec<_>>();
+        assert_eq!((take(0), take(1), take(2)), (vec![1], vec![88], vec![5, 255]));
+        assert_eq!(pending.count(), 0);
+        harvester.harvest(&layout, &log, &memory, &pending).unwrap();
+        assert_eq!(pending.count(), 2, "the VMM's writes were taken, the log's are not cleared by a harvest");
+    }
+
+    #[test]
+    fn fill_marks_every_page_and_no_padding() {
+        let layout = Layout::new(&[RegionDescription { guest_address: 0, size_bytes: 700 * 4096 }]).unwrap();
+        let pending = Pending::new(&layout);
+        pending.fill(&layout);
+        assert_eq!(pending.count(), 700);
+    }
+}
