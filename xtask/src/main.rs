@@ -1,2 +1,89 @@
-//! The project's own commands.
-fn main() {}
+//! The project's own commands: `cargo xtask …`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod deps;
+mod shell;
+mod test;
+mod totals;
+
+/// Godwit's own commands.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Names the tools that are missing on this machine
+    Deps {
+        /// Install them (apt-get as root, cargo, rustup)
+        #[arg(long)]
+        install: bool,
+    },
+    /// Runs all tests, or those whose names contain one of NAMES; the last line says how many passed, failed and were
+    /// skipped
+    Test {
+        /// Parts of test names
+        names: Vec<String>,
+    },
+    /// Moves a working guest over TCP and onward over QUIC, and shows what it cost
+    Demo {
+        /// One JSON object as the last line of stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Checks dependencies against the advisory database (needs the network)
+    Audit,
+    /// Moves the same guest with QEMU and with Godwit in turn, and shows both
+    #[command(hide = true)]
+    CompareQemu {
+        /// Pairs of moves
+        #[arg(long, default_value_t = 2)]
+        pairs: u32,
+        /// One JSON object as the last line of stdout
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Deps { install } => deps::run(install),
+        Command::Test { names } => test::run(&names),
+        Command::Demo { json } => measure("demo", &[], json),
+        Command::Audit => audit(),
+        Command::CompareQemu { pairs, json } => measure("compare-qemu", &["--pairs".into(), pairs.to_string()], json),
+    }
+}
+
+fn audit() -> Result<ExitCode> {
+    deps::require(&["cargo-deny"])?;
+    shell::exit_code(shell::cargo().args(["deny", "check", "advisories", "bans", "licenses", "sources"]))
+}
+
+/// Builds the binaries and runs the measuring program `name` of the test package beside them.
+fn measure(name: &str, arguments: &[String], json: bool) -> Result<ExitCode> {
+    shell::check(shell::cargo().args(["build", "--workspace", "--bins"]))?;
+    let mut command = shell::cargo();
+    command.args(["run", "--quiet", "--package", "godwit-tests", "--bin", name, "--"]).args(arguments);
+    if json {
+        command.arg("--json");
+    }
+    shell::exit_code(&mut command)
+}
