@@ -1,6 +1,6 @@
 //! What a move says of itself: while it runs ([`Progress`], [`Event`]) and when it has ended ([`Report`]).
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::phase::Phase;
 
@@ -36,8 +36,8 @@ pub enum Event {
 }
 
 /// A snapshot of a running move.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", default)]
 pub struct Progress {
     /// Where it stands.
     pub phase: Option<Phase>,
@@ -70,7 +70,7 @@ pub struct Progress {
 }
 
 /// Pages by the way they were sent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageCounts {
     /// As they are.
     pub raw: u64,
@@ -83,7 +83,7 @@ pub struct PageCounts {
 }
 
 /// One round, looked back upon.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
     /// 0 is the first pass.
     pub round: u32,
