@@ -1,0 +1,175 @@
+//! Channels over stream sockets: TCP and unix.
+//!
+//! Everything is a plain blocking system call on one descriptor that both halves share; hanging up is
+//! `shutdown(2)`, which ends blocked calls in other threads at once.
+
+mod dial;
+mod listener;
+
+use std::io::{self, Read};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use godwit_core::{Channel, ChannelReader, ChannelWriter, HangUp};
+use socket2::{Socket, TcpKeepalive};
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
+
+pub(crate) use dial::{TcpDial, UnixDial};
+pub(crate) use listener::{Family, StreamListener};
+
+use crate::limits::{DEAD_PEER_LIMIT, KEEP_ALIVE_INTERVAL};
+
+/// Bytes that a TCP socket may hold and has not sent yet, apart from those in flight (`TCP_NOTSENT_LOWAT`). What is
+/// queued in front of the last pages lengthens the guest's pause, so this is short; writes still come in pieces that
+/// keep the link busy.
+const TCP_UNSENT_BYTES: u32 = 1 << 20;
+
+/// The send buffer asked for on a unix socket, whose default (208 KiB) costs a context switch for every few pages.
+const UNIX_SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// At most this much unread input is thrown away on close.
+const DISCARD_LIMIT_BYTES: usize = 1 << 20;
+
+/// Sets what a TCP connection of ours needs.
+fn tune_tcp(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(DEAD_PEER_LIMIT))?;
+    socket.set_tcp_notsent_lowat(TCP_UNSENT_BYTES)?;
+    let keepalive = TcpKeepalive::new().with_time(KEEP_ALIVE_INTERVAL).with_interval(KEEP_ALIVE_INTERVAL);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+/// Sets what a unix connection of ours needs.
+fn tune_unix(socket: &Socket) -> io::Result<()> {
+    socket.set_send_buffer_size(UNIX_SEND_BUFFER_BYTES)
+}
+
+/// Makes a channel of a connected, blocking socket.
+fn channel(socket: Socket, peer: String) -> Channel {
+    let shared = Arc::new(Shared { socket, hung_up: AtomicBool::new(false) });
+    Channel {
+        hang_up: Arc::new(StreamHangUp(Arc::downgrade(&shared))),
+        reader: Box::new(StreamReader(Arc::clone(&shared))),
+        writer: Box::new(StreamWriter { shared, bytes_written: 0 }),
+        peer,
+    }
+}
+
+/// What the two halves share. The connection closes with the last of them.
+struct Shared {
+    socket: Socket,
+    hung_up: AtomicBool,
+}
+
+impl Shared {
+    fn check(&self) -> io::Result<()> {
+        if self.hung_up.load(Ordering::Acquire) { Err(hung_up_error()) } else { Ok(()) }
+    }
+
+    /// Runs one reading call. Whatever it returns once we have hung up means only that.
+    fn read_with(&self, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+        self.check()?;
+        loop {
+            match call() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return self.check().and(result),
+            }
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Closing a socket that holds unread input resets the connection, and the reset can overtake our last
+        // words (a refusal, for example). So read what is there.
+        if self.hung_up.load(Ordering::Acquire) || self.socket.set_nonblocking(true).is_err() {
+            return;
+        }
+        let mut scratch = [0; 16 << 10];
+        let mut discarded = 0;
+        while let Ok(read @ 1..) = (&self.socket).read(&mut scratch) {
+            discarded += read;
+            if discarded >= DISCARD_LIMIT_BYTES {
+                break;
+            }
+        }
+    }
+}
+
+fn hung_up_error() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was hung up on this side")
+}
+
+struct StreamReader(Arc<Shared>);
+
+impl ChannelReader for StreamReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read_with(|| (&self.0.socket).read(buffer))
+    }
+
+    fn read_volatile(&mut self, buffer: &mut VolatileSlice<'_, ()>) -> io::Result<usize> {
+        // `read(2)` straight into guest memory.
+        self.0.read_with(|| self.0.socket.as_fd().read_volatile(buffer).map_err(into_io_error))
+    }
+}
+
+fn into_io_error(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+struct StreamWriter {
+    shared: Arc<Shared>,
+    bytes_written: u64,
+}
+
+impl ChannelWriter for StreamWriter {
+    fn write_all(&mut self, buffer: &[u8]) -> io::Result<()> {
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            self.shared.check()?;
+            // A broken connection is an error here, not a SIGPIPE.
+            match self.shared.socket.send_with_flags(rest, libc::MSG_NOSIGNAL) {
+                Ok(written) => {
+                    self.bytes_written += written as u64;
+                    rest = &rest[written..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return self.shared.check().and(Err(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn bytes_on_wire(&self) -> u64 {
+        self.bytes_written
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.shared.check()?;
+        self.shared.socket.shutdown(Shutdown::Write)
+    }
+}
+
+impl Drop for StreamWriter {
+    fn drop(&mut self) {
+        // Fails only if the connection is broken or finished already.
+        let _ = self.shared.socket.shutdown(Shutdown::Write);
+    }
+}
+
+struct StreamHangUp(Weak<Shared>);
+
+impl HangUp for StreamHangUp {
+    fn hang_up(&self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.hung_up.store(true, Ordering::Release);
+            // Fails only if the connection is broken already.
+            let _ = shared.socket.shutdown(Shutdown::Both);
+        }
+    }
+}
