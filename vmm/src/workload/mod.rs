@@ -5,5 +5,11 @@
 //! that an independent checker can be written from it.
 
 mod config;
+mod image;
+#[path = "../../guest/layout.rs"]
+pub mod layout;
+#[path = "../../guest/rules.rs"]
+mod rules;
 
 pub use config::{Contents, Order, ParseChoiceError, ParseRateError, Rate, WriteUnit, WriterConfig};
+pub use image::elf;
