@@ -1,1 +1,25 @@
-//! Godwit's tests.
+//! What Godwit's end-to-end tests and measurements are made of.
+//!
+//! Everything here looks at Godwit from outside: it starts the built binaries, talks to their control sockets, reads
+//! guest memory with `process_vm_readv`, and counts bytes at network interfaces. Whatever it creates (processes,
+//! namespaces, files) it removes when dropped.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`process`] | processes with logs that never outlive their owner |
+//! | [`netns`] | network namespaces joined by links that can be slowed, cut and counted |
+//! | [`heartbeat`], [`sampler`] | the gap that a guest's own heartbeat shows |
+//! | [`counters`] | what crossed an interface, and how well a cap was kept |
+//! | [`guest_memory`] | guest memory read and altered from outside |
+//! | [`harness`] | tests that say at run time why they cannot run here |
+//! | [`wait`] | waiting for a condition, never longer than a limit |
+
+pub mod clock;
+pub mod counters;
+pub mod guest_memory;
+pub mod harness;
+pub mod heartbeat;
+pub mod netns;
+pub mod process;
+pub mod sampler;
+pub mod wait;

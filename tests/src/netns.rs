@@ -1,0 +1,207 @@
+//! Network namespaces that stand for hosts, each pair joined by a link of its own.
+//!
+//! Nothing touches the machine's own network: links run from namespace to namespace. Addresses can therefore be the
+//! same in every set. Needs root.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sched::{CloneFlags, setns};
+
+use crate::counters::Interface;
+
+/// Where `ip netns` keeps namespaces.
+const NAMESPACES: &str = "/run/netns";
+
+/// What the names of ours begin with; the id of the process that made them follows.
+const PREFIX: &str = "godwit-";
+
+/// Nobody has this link-layer address.
+const NOBODY: &str = "02:00:00:00:00:01";
+
+static SETS_MADE: AtomicU32 = AtomicU32::new(0);
+
+/// A network namespace. Dropping it removes it with its links.
+pub struct Namespace {
+    name: String,
+}
+
+/// A set of hosts, numbered from 0, every one linked to every other.
+pub struct Hosts {
+    hosts: Vec<Namespace>,
+}
+
+impl Namespace {
+    fn create(name: String) -> Result<Self> {
+        ip(&["netns", "add", &name])?;
+        let namespace = Self { name };
+        namespace.ip(&["link", "set", "lo", "up"])?;
+        Ok(namespace)
+    }
+
+    /// Opens it, to be entered.
+    pub fn open(&self) -> Result<File> {
+        let path = self.path();
+        File::open(&path).with_context(|| format!("cannot open {}", path.display()))
+    }
+
+    /// Runs `ip` on it.
+    pub fn ip(&self, arguments: &[&str]) -> Result<()> {
+        ip(&[&["-n", &self.name], arguments].concat())
+    }
+
+    /// Runs `tc` on it.
+    pub fn tc(&self, arguments: &[&str]) -> Result<()> {
+        run("tc", &[&["-n", &self.name], arguments].concat())
+    }
+
+    /// The counters of one of its interfaces.
+    pub fn interface(&self, name: &str) -> Result<Interface> {
+        let namespace = self.open()?;
+        // The table shows the namespace of the thread that opens it, for as long as it is open.
+        let open_inside = thread::spawn(move || -> Result<File> {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the namespace")?;
+            File::open("/proc/thread-self/net/dev").context("cannot open the interfaces' counters")
+        });
+        let table = open_inside.join().map_err(|_| anyhow!("the thread that opens counters panicked"))??;
+        Ok(Interface::new(table, name))
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new(NAMESPACES).join(&self.name)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if let Err(error) = ip(&["netns", "delete", &self.name]) {
+            eprintln!("namespace {} is left behind: {error:#}", self.name);
+        }
+    }
+}
+
+impl Hosts {
+    /// Makes `count` hosts with links between them that are up.
+    pub fn new(count: usize) -> Result<Self> {
+        remove_abandoned();
+        let set = SETS_MADE.fetch_add(1, Ordering::Relaxed);
+        let name = |host| format!("{PREFIX}{}-{set}-{host}", std::process::id());
+        let hosts = (0..count).map(|host| Namespace::create(name(host))).collect::<Result<Vec<_>>>()?;
+        let hosts = Self { hosts };
+        for first in 0..count {
+            for second in first + 1..count {
+                hosts.join(first, second)?;
+            }
+        }
+        Ok(hosts)
+    }
+
+    /// A host.
+    pub fn host(&self, host: usize) -> &Namespace {
+        &self.hosts[host]
+    }
+
+    /// The address at which `host` is reached from `from`.
+    pub fn address(&self, host: usize, from: usize) -> String {
+        let (low, high) = (host.min(from), host.max(from));
+        format!("10.{low}.{high}.{}", if host < from { 1 } else { 2 })
+    }
+
+    /// The counters of `host`'s end of its link to `to`.
+    pub fn counters(&self, host: usize, to: usize) -> Result<Interface> {
+        self.hosts[host].interface(&link_name(to))
+    }
+
+    /// Limits what `host` sends to `to`, as a slow link does.
+    pub fn shape(&self, host: usize, to: usize, megabits_per_s: u32) -> Result<()> {
+        let (link, rate) = (link_name(to), format!("{megabits_per_s}mbit"));
+        self.hosts[host]
+            .tc(&["qdisc", "replace", "dev", &link, "root", "tbf", "rate", &rate, "burst", "128kb", "latency", "50ms"])
+    }
+
+    /// Takes the link between two hosts down: its ends see that.
+    pub fn take_down(&self, first: usize, second: usize) -> Result<()> {
+        self.hosts[first].ip(&["link", "set", &link_name(second), "down"])
+    }
+
+    /// Brings the link back up.
+    pub fn bring_up(&self, first: usize, second: usize) -> Result<()> {
+        self.hosts[first].ip(&["link", "set", &link_name(second), "up"])
+    }
+
+    /// Loses every packet between two hosts, while the link looks well: each sends to an address that nobody has.
+    pub fn cut(&self, first: usize, second: usize) -> Result<()> {
+        for (host, to) in [(first, second), (second, first)] {
+            let (address, link) = (self.address(to, host), link_name(to));
+            self.hosts[host].ip(&["neigh", "replace", &address, "lladdr", NOBODY, "nud", "permanent", "dev", &link])?;
+        }
+        Ok(())
+    }
+
+    /// Ends [`Hosts::cut`].
+    pub fn mend(&self, first: usize, second: usize) -> Result<()> {
+        for (host, to) in [(first, second), (second, first)] {
+            self.hosts[host].ip(&["neigh", "del", &self.address(to, host), "dev", &link_name(to)])?;
+        }
+        Ok(())
+    }
+
+    fn join(&self, first: usize, second: usize) -> Result<()> {
+        let (one, other) = (&self.hosts[first], &self.hosts[second]);
+        let (one_link, other_link) = (link_name(second), link_name(first));
+        ip(&[
+            "link",
+            "add",
+            &one_link,
+            "netns",
+            &one.name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            &other_link,
+            "netns",
+            &other.name,
+        ])?;
+        for (host, link, address) in
+            [(one, one_link, self.address(first, second)), (other, other_link, self.address(second, first))]
+        {
+            host.ip(&["address", "add", &format!("{address}/24"), "dev", &link])?;
+            host.ip(&["link", "set", &link, "up"])?;
+        }
+        Ok(())
+    }
+}
+
+/// The name of a host's end of its link to `to`.
+fn link_name(to: usize) -> String {
+    format!("to-{to}")
+}
+
+/// Removes namespaces whose maker was killed before it could.
+fn remove_abandoned() {
+    for entry in fs::read_dir(NAMESPACES).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let maker = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        if maker.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Somebody else may have been faster.
+            let _ = ip(&["netns", "delete", &name]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    run("ip", arguments)
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("cannot run {program}"))?;
+    if !output.status.success() {
+        bail!("{program} {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}

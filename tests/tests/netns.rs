@@ -1,0 +1,130 @@
+//! The tests' own network: links carry, count, slow down and break as the other tests rely on.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use godwit_tests::harness::{self, Need};
+use godwit_tests::netns::{Hosts, Namespace};
+use nix::sched::{CloneFlags, setns};
+
+fn main() {
+    harness::main(vec![
+        harness::test("links_carry_and_count", &[Need::Root], |_| links_carry_and_count()),
+        harness::test("a_shaped_link_is_slow", &[Need::Root], |_| a_shaped_link_is_slow()),
+        harness::test("a_cut_link_loses_everything_until_mended", &[Need::Root], |_| a_cut_link_is_silent()),
+        harness::test("nothing_is_left_behind", &[Need::Root], |_| nothing_is_left_behind()),
+    ])
+}
+
+const PAYLOAD_BYTES: usize = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs `work` on a thread inside a namespace.
+fn inside<T: Send + 'static>(
+    host: &Namespace,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<thread::JoinHandle<Result<T>>> {
+    let namespace = host.open()?;
+    Ok(thread::spawn(move || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+        work()
+    }))
+}
+
+/// Sends [`PAYLOAD_BYTES`] over TCP from host 0 to host 1 and gives how long that took.
+fn send(hosts: &Hosts) -> Result<Duration> {
+    let address = format!("{}:7000", hosts.address(1, 0));
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let receiver = inside(hosts.host(1), {
+        let address = address.clone();
+        move || {
+            let listener = TcpListener::bind(address)?;
+            ready.send(())?;
+            let (mut stream, _) = listener.accept()?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            let mut received = Vec::new();
+            stream.read_to_end(&mut received)?;
+            Ok(received.len())
+        }
+    })?;
+    is_ready.recv_timeout(LIMIT)?;
+    let start = Instant::now();
+    let sender = inside(hosts.host(0), move || {
+        let mut stream = TcpStream::connect_timeout(&address.parse()?, LIMIT)?;
+        stream.set_write_timeout(Some(LIMIT))?;
+        Ok(stream.write_all(&vec![1; PAYLOAD_BYTES])?)
+    })?;
+    sender.join().map_err(|_| anyhow!("sender panicked"))??;
+    let received = receiver.join().map_err(|_| anyhow!("receiver panicked"))??;
+    ensure!(received == PAYLOAD_BYTES, "{received} bytes received");
+    Ok(start.elapsed())
+}
+
+fn links_carry_and_count() -> Result<()> {
+    let hosts = Hosts::new(3)?;
+    let counters = hosts.counters(0, 1)?;
+    let before = counters.traffic()?;
+    send(&hosts)?;
+    let after = counters.traffic()?;
+    let packets = after.sent_packets - before.sent_packets;
+    let payload =
+        (after.sent_bytes - before.sent_bytes) as i64 - (packets * godwit_tests::counters::TCP_HEADER_BYTES) as i64;
+    // Only the handshake (longer options) and address resolution (shorter headers) differ, by a few bytes each.
+    let difference = payload - PAYLOAD_BYTES as i64;
+    ensure!(difference.abs() < 200, "payload by the counters is off by {difference} bytes in {packets} packets");
+    ensure!(hosts.counters(0, 2)?.traffic()?.sent_bytes < 10_000, "the link to the third host carried it");
+    Ok(())
+}
+
+fn a_shaped_link_is_slow() -> Result<()> {
+    let hosts = Hosts::new(2)?;
+    let before = hosts.counters(0, 1)?.traffic()?;
+    hosts.shape(0, 1, 100)?;
+    let took = send(&hosts)?;
+    let ideal = Duration::from_secs_f64(PAYLOAD_BYTES as f64 * 8.0 / 100e6);
+    ensure!(took > ideal.mul_f64(0.8) && took < ideal.mul_f64(2.0), "{took:?}, ideally {ideal:?}");
+    let after = hosts.counters(0, 1)?.traffic()?;
+    let headers = godwit_tests::counters::TCP_HEADER_BYTES * (after.sent_packets - before.sent_packets);
+    let payload = after.sent_bytes - before.sent_bytes - headers;
+    ensure!(payload.abs_diff(PAYLOAD_BYTES as u64) < PAYLOAD_BYTES as u64 / 100, "payload counted: {payload}");
+    Ok(())
+}
+
+fn a_cut_link_is_silent() -> Result<()> {
+    let hosts = Hosts::new(2)?;
+    send(&hosts)?;
+    hosts.cut(0, 1)?;
+    let address = format!("{}:7000", hosts.address(1, 0));
+    let attempt = inside(hosts.host(0), move || {
+        Ok(TcpStream::connect_timeout(&address.parse()?, Duration::from_millis(300)).map_err(|error| error.kind()))
+    })?;
+    let kind = attempt.join().map_err(|_| anyhow!("panicked"))??.err();
+    ensure!(kind == Some(std::io::ErrorKind::TimedOut), "expected silence, got {kind:?}");
+    hosts.mend(0, 1)?;
+    send(&hosts).context("after mending")?;
+    hosts.take_down(0, 1)?;
+    hosts.bring_up(0, 1)?;
+    send(&hosts).context("after down and up").map(drop)
+}
+
+fn nothing_is_left_behind() -> Result<()> {
+    let list = || -> Result<String> {
+        let output = Command::new("ip").args(["netns", "list"]).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let own = format!("godwit-{}-", std::process::id());
+    let hosts = Hosts::new(2)?;
+    ensure!(list()?.contains(&own));
+    drop(hosts);
+    ensure!(!list()?.contains(&own));
+    let unwound = std::panic::catch_unwind(|| {
+        let _hosts = Hosts::new(2).expect("namespaces");
+        std::panic::resume_unwind(Box::new("on purpose"));
+    });
+    ensure!(unwound.is_err() && !list()?.contains(&own));
+    Ok(())
+}
