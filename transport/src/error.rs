@@ -68,12 +68,12 @@ pub enum TransportError {
         path: PathBuf,
     },
     /// TLS could not be set up.
-    #[error("cannot set up TLS for {uri}: {reason}")]
+    #[error("cannot set up TLS for {uri}: {source}")]
     Tls {
         /// What was asked for.
         uri: Arc<Uri>,
-        /// What the TLS library said.
-        reason: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The listener has been closed.
     #[error("the listener on {uri} is closed")]

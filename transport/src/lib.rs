@@ -80,7 +80,7 @@ pub fn connect(uri: &Uri, options: Options) -> Result<Box<dyn godwit_core::Dial>
         Uri::Quic { at, fingerprint } => {
             let fingerprint =
                 fingerprint.ok_or_else(|| TransportError::NoFingerprint { uri: Arc::new(uri.clone()) })?;
-            Box::new(quic::QuicDial::new(uri.clone(), address::resolve(at)?, fingerprint)?)
+            Box::new(quic::QuicDial::new(uri.clone(), address::resolve(at)?, fingerprint))
         }
     })
 }

@@ -1,50 +1,37 @@
 //! Channels over QUIC: one connection with one bidirectional stream each.
+//!
+//! # Threads
+//!
+//! QUIC is user-space work (encryption, acknowledgements, timers) that goes on while nobody reads or writes. Every
+//! connection's share of it runs on a thread of its own, with a single-threaded tokio runtime, so that channels
+//! scale over cores:
+//!
+//! - A dialled channel has its own UDP socket; one thread does all of its work.
+//! - A listener has one UDP socket. One thread receives from it and sorts datagrams by connection; each accepted
+//!   connection decrypts, acknowledges and sends on a thread of its own ([`runtime`]).
+//!
+//! The caller's reads and writes happen on the caller's thread, straight on quinn's streams: the futures they
+//! return are runtime-agnostic, so a thread that blocks just parks ([`park`]). No bytes pass through a queue.
 
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+mod channel;
+mod config;
+mod dial;
+mod listener;
+mod park;
+mod runtime;
+mod tls;
 
-use godwit_core::{Channel, Dial, SessionToken};
+pub(crate) use dial::QuicDial;
+pub(crate) use listener::QuicListener;
 
-use crate::gate::Gate;
-use crate::{Fingerprint, TransportError, Uri};
+use quinn::VarInt;
 
-/// Dials over QUIC.
-pub(crate) struct QuicDial {
-    uri: Arc<Uri>,
-}
+/// Application error codes that a connection is closed with. They are for people who read packet captures.
+mod close_code {
+    use super::VarInt;
 
-impl QuicDial {
-    pub(crate) fn new(uri: Uri, _addresses: Vec<SocketAddr>, _fp: Fingerprint) -> Result<Self, TransportError> {
-        Ok(Self { uri: Arc::new(uri) })
-    }
-}
-
-impl Dial for QuicDial {
-    fn control(&self, _limit: Duration) -> io::Result<Channel> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn data(&self, _token: SessionToken, _index: u16, _limit: Duration) -> io::Result<Channel> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn uri(&self) -> String {
-        self.uri.to_string()
-    }
-}
-
-pub(crate) struct QuicListener(());
-
-impl QuicListener {
-    pub(crate) fn start(uri: &Uri, _address: SocketAddr, _gate: Arc<Gate>) -> Result<Self, TransportError> {
-        Err(TransportError::Listen { uri: Arc::new(uri.clone()), source: io::ErrorKind::Unsupported.into() })
-    }
-    pub(crate) fn address(&self) -> SocketAddr {
-        SocketAddr::from(([0; 4], 0))
-    }
-    pub(crate) fn fingerprint(&self) -> Fingerprint {
-        Fingerprint([0; 32])
-    }
+    /// The channel was closed or hung up.
+    pub(super) const CLOSED: VarInt = VarInt::from_u32(0);
+    /// The connection did not get in.
+    pub(super) const TURNED_AWAY: VarInt = VarInt::from_u32(1);
 }
