@@ -15,7 +15,7 @@
 //! The header has a checksum of its own because a length or frame read wrongly would put good bytes in wrong places;
 //! the pages themselves are covered by the table of page hashes.
 
-use crate::layout::{STRIPE_PAGES, Stripe};
+use crate::layout::STRIPE_PAGES;
 use crate::memory::PAGE_SIZE;
 
 /// Bytes in a chunk header.
@@ -189,11 +189,6 @@ impl ZeroRun {
         let run = Self { offset: u16::from_le_bytes([a, b]), pages: u16::from_le_bytes([c, d]) };
         (run.pages > 0 && usize::from(run.offset) + usize::from(run.pages) <= MAX_PAGES).then_some(run)
     }
-}
-
-/// The frame at an offset in a stripe.
-pub fn frame_at(stripe: &Stripe, offset: usize) -> u64 {
-    stripe.first_frame + offset as u64
 }
 
 #[cfg(test)]

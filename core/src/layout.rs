@@ -59,6 +59,8 @@ pub struct Stripe {
     pub first_page: u64,
     /// Its first frame.
     pub first_frame: u64,
+    /// Its first slot.
+    pub first_slot: usize,
     /// Pages in it; only a region's last stripe has fewer than [`STRIPE_PAGES`].
     pub pages: usize,
 }
@@ -134,6 +136,7 @@ impl Layout {
             region,
             first_page,
             first_frame: first_frame + first_page,
+            first_slot: index * STRIPE_PAGES,
             pages: (pages - first_page).min(STRIPE_PAGES as u64) as usize,
         }
     }
@@ -186,7 +189,10 @@ mod tests {
     fn numbers_pages_across_a_gap() {
         let layout = Layout::new(&[region(0, 3 << 20), region(4 << 30, 1 << 20)]).unwrap();
         assert_eq!((layout.stripes(), layout.pages()), (3, 1024));
-        assert_eq!(layout.stripe(1), Stripe { region: 0, first_page: 512, first_frame: 512, pages: 256 });
+        assert_eq!(
+            layout.stripe(1),
+            Stripe { region: 0, first_page: 512, first_frame: 512, first_slot: 512, pages: 256 }
+        );
         assert_eq!(layout.stripe(2).first_frame, (4 << 30) / 4096);
         assert_eq!(layout.slot_of((4 << 30) / 4096, 256), Some(1024));
         assert_eq!(layout.slot_of((4 << 30) / 4096, 257), None);

@@ -31,12 +31,17 @@ pub use machine::{
 pub use memory::{GuestMemory, PAGE_SIZE};
 pub use phase::Phase;
 
+mod audit;
 mod chunk;
 mod decoder;
 mod encoder;
 mod layout;
+mod link;
+mod message;
 mod pacer;
 mod pending;
+mod policy;
+mod random;
 mod table;
 mod touched;
 mod view;

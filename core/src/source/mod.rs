@@ -1,12 +1,24 @@
 //! The sending end of a move.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod control;
+mod driver;
+mod flow;
+mod state;
+mod worker;
 
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use self::control::{Beginning, Input};
+use self::driver::{Driver, Event};
+use self::flow::Flow;
+use self::state::Shared;
 use crate::channel::Dial;
 use crate::machine::{Refusal, SourceMachine};
 use crate::phase::Phase;
 use crate::progress::{Observer, Progress, Report};
+use crate::random;
 
 /// What to do when the stop rule is not met in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,6 +41,9 @@ pub enum Compression {
     /// Always, at this level, unless a page does not shrink.
     Zstd(i32),
 }
+
+/// The most data channels a move can have.
+pub const MAX_CHANNELS: u16 = 64;
 
 /// The knobs of a move.
 #[derive(Debug, Clone)]
@@ -61,6 +76,10 @@ pub struct SourceOptions {
     pub audit: bool,
     /// Stop after preflight.
     pub dry_run: bool,
+    /// Name and version of the program, for the peer's messages.
+    pub program: String,
+    /// This host's name, for the peer's messages.
+    pub host_name: String,
     /// For tests: stop on entering this phase until [`SourceMigration::release_hold`].
     pub hold_at: Option<Phase>,
 }
@@ -82,6 +101,8 @@ impl Default for SourceOptions {
             verify: true,
             audit: false,
             dry_run: false,
+            program: concat!("godwit ", env!("CARGO_PKG_VERSION")).into(),
+            host_name: "source".into(),
             hold_at: None,
         }
     }
@@ -118,51 +139,83 @@ pub enum CancelError {
 /// A move under way, seen from the source. Cheap to clone; dropping it does not end the move.
 #[derive(Clone)]
 pub struct SourceMigration {
-    _private: Arc<()>,
+    shared: Arc<Shared>,
 }
 
 impl SourceMigration {
     /// Starts to move `machine` to where `dial` reaches, on threads of its own.
     pub fn start(
-        _machine: Arc<dyn SourceMachine>,
-        _dial: Box<dyn Dial>,
-        _options: SourceOptions,
-        _observer: Arc<dyn Observer>,
+        machine: Arc<dyn SourceMachine>,
+        dial: Box<dyn Dial>,
+        mut options: SourceOptions,
+        observer: Arc<dyn Observer>,
     ) -> Self {
-        Self { _private: Arc::new(()) }
+        options.channels = options.channels.clamp(1, MAX_CHANNELS);
+        let (sender, events) = mpsc::channel();
+        let flow = Arc::new(Flow::new(Instant::now(), options.channels, options.max_bandwidth_bytes_per_s));
+        let (pause_timeout, downtime_limit) = (options.pause_timeout, options.downtime_limit);
+        let shared = Arc::new(Shared::new(flow, pause_timeout, downtime_limit, sender.clone()));
+        let beginning = Beginning {
+            program: options.program.clone(),
+            host: options.host_name.clone(),
+            running: machine.is_running(),
+            table_seed: random::number(),
+            nonce: random::number(),
+            options,
+        };
+        let handle = Arc::clone(&shared);
+        let spawned = thread::Builder::new().name("migration".into()).spawn(move || {
+            Driver::new(machine, dial, observer, handle, beginning, (sender, events)).run();
+        });
+        if let Err(error) = spawned {
+            let why = format!("no thread could be started for the move: {error}");
+            shared.ended(SourceOutcome::Failed(why, Report::default()));
+        }
+        Self { shared }
     }
 
     /// Waits for the end. May be called by several threads; each gets the outcome.
     pub fn wait(&self) -> Arc<SourceOutcome> {
-        unimplemented!()
+        self.shared.wait()
     }
 
     /// The outcome, if it has ended.
     pub fn outcome(&self) -> Option<Arc<SourceOutcome>> {
-        unimplemented!()
+        self.shared.outcome()
     }
 
     /// A snapshot.
     pub fn progress(&self) -> Progress {
-        unimplemented!()
+        self.shared.progress()
     }
 
-    /// Calls the move off: returns at once, [`SourceMigration::wait`] tells the end.
+    /// Calls the move off. Returns as soon as it is clear whether that is still possible; [`SourceMigration::wait`] tells
+    /// the end.
     pub fn cancel(&self) -> Result<(), CancelError> {
-        unimplemented!()
+        let (answer, answered) = mpsc::channel();
+        self.shared.tell(Event::Cancel(answer));
+        // The coordinator never blocks for long; if it is gone, the move has ended.
+        answered.recv().unwrap_or(Err(CancelError::Ended))
     }
 
     /// Changes the cap in flight (`None`: no cap).
-    pub fn set_max_bandwidth(&self, _bytes_per_s: Option<u64>) {}
+    pub fn set_max_bandwidth(&self, bytes_per_s: Option<u64>) {
+        self.shared.flow.set_bytes_per_s(bytes_per_s);
+    }
 
     /// Changes the downtime limit in flight.
-    pub fn set_downtime_limit(&self, _limit: Duration) {}
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.shared.set_downtime_limit(limit);
+        self.shared.tell(Input::DowntimeLimit(limit));
+    }
 
     /// Goes on from [`Phase::PreSwitchover`]; false if the move is not there.
     pub fn proceed(&self) -> bool {
-        unimplemented!()
+        self.shared.phase() == Some(Phase::PreSwitchover) && self.shared.tell(Input::Proceed)
     }
 
     /// Goes on from [`SourceOptions::hold_at`].
-    pub fn release_hold(&self) {}
+    pub fn release_hold(&self) {
+        self.shared.tell(Input::Release);
+    }
 }

@@ -1,10 +1,18 @@
 //! The receiving end of a move.
 
+mod control;
+mod driver;
+mod worker;
+
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::driver::Driver;
+
 use crate::channel::{Channel, IncomingData};
 use crate::machine::DestinationHost;
+use crate::message::Message;
 use crate::progress::{Observer, Report};
 
 /// The knobs of the receiving end.
@@ -43,14 +51,24 @@ pub enum DestinationOutcome<M> {
 
 /// Takes one machine in over `control`. Blocks until it is owned or the attempt has ended.
 pub fn receive<H: DestinationHost>(
-    _control: Channel,
-    _data: &mut dyn IncomingData,
-    _host: &mut H,
-    _options: &DestinationOptions,
-    _observer: Arc<dyn Observer>,
+    control: Channel,
+    data: &mut dyn IncomingData,
+    host: &mut H,
+    options: &DestinationOptions,
+    observer: Arc<dyn Observer>,
 ) -> DestinationOutcome<H::Machine> {
-    unimplemented!()
+    match Driver::new(control, data, host, options, observer) {
+        Ok(driver) => driver.run(),
+        Err(error) => DestinationOutcome::Ended(format!("cannot begin to take a machine in: {error}")),
+    }
 }
 
 /// Tells a peer that opened a control channel why nobody takes its machine in, and hangs up.
-pub fn refuse(_control: Channel, _reason: &str) {}
+pub fn refuse(mut control: Channel, reason: &str) {
+    let told = Message::Abort(reason.into()).encode().map_err(io::Error::other);
+    let told = told.and_then(|frame| control.writer.write_all(&frame)).and_then(|()| control.writer.finish());
+    if let Err(error) = told {
+        tracing::debug!("{} could not be told why it is turned away: {error}", control.peer);
+    }
+    control.hang_up.hang_up();
+}

@@ -1,0 +1,272 @@
+//! The destination's control plane: a state machine without I/O, threads or a clock.
+//!
+//! ```text
+//! hello → preflight → prepare → receiving → loading → ready → owned
+//! ```
+//!
+//! Until *commit* has arrived this end owns nothing: whatever goes wrong, it drops what it has. Once it has arrived the
+//! machine is this end's, whatever becomes of the link.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::DestinationOptions;
+use crate::channel::SessionToken;
+use crate::machine::{LoadContext, MachineDescription, Refusal, Section};
+use crate::message::{Commit, Hello, Message, PreflightRequest, PrepareRequest, Prepared, TimedStep, VERSION};
+use crate::source::MAX_CHANNELS;
+
+/// What the driver tells.
+#[derive(Debug)]
+pub enum Input {
+    /// The peer sent a message.
+    Message(Message),
+    /// The control link broke, or nothing was heard for too long; why.
+    LinkLost(String),
+    /// The machine was judged.
+    Checked(Vec<Refusal>),
+    /// The machine was built and the rehearsed state loaded; how long the load took.
+    Built(Result<Duration, String>),
+    /// All data channels are open, or not.
+    DataOpened(Result<(), String>),
+    /// A data channel has ended, complete; its share of the table's sum.
+    ChannelEnded {
+        /// Sum modulo 2^64.
+        sum: u64,
+    },
+    /// A data channel cannot be believed, or broke.
+    ChannelFailed(String),
+    /// State was loaded, or not.
+    Loaded(Result<Vec<TimedStep>, String>),
+    /// The machine runs, or not.
+    Started(Result<Vec<TimedStep>, String>),
+}
+
+/// What the driver is to do.
+#[derive(Debug)]
+pub enum Action {
+    /// Send a message.
+    Send(Message),
+    /// Judge the machine.
+    Check(MachineDescription),
+    /// Build it and load the rehearsal.
+    Build {
+        /// As it was agreed on.
+        machine: MachineDescription,
+        /// With what.
+        request: PrepareRequest,
+    },
+    /// Wait for so many data channels and start their workers.
+    OpenData {
+        /// How many.
+        channels: u16,
+    },
+    /// The source's round, for display.
+    Round(u32),
+    /// Load the state.
+    Load(Vec<Section>, LoadContext),
+    /// Let it run, or not.
+    Start {
+        /// Whether its vCPUs are to run.
+        run: bool,
+    },
+    /// This end owns the machine.
+    Own {
+        /// Whether its vCPUs run.
+        running: bool,
+    },
+    /// It has come to nothing; why. Drop whatever there is.
+    GiveUp(String),
+}
+
+enum State {
+    Hello,
+    Preflight,
+    Checking(Box<PreflightRequest>),
+    AwaitPrepare(Box<PreflightRequest>),
+    Building(LoadContext),
+    Receiving(Receiving),
+    Loading,
+    Ready,
+    Starting { run: bool },
+    Over,
+}
+
+struct Receiving {
+    context: LoadContext,
+    verify: bool,
+    open_channels: u16,
+    sum: u64,
+    state: Option<Vec<Section>>,
+    table: Option<u64>,
+}
+
+/// The destination's control plane.
+pub struct DestinationControl {
+    options: DestinationOptions,
+    token: SessionToken,
+    state: State,
+    channels: u16,
+    verify: bool,
+    peer: String,
+    actions: VecDeque<Action>,
+}
+
+impl DestinationControl {
+    /// A control channel has just been opened by a peer. `token` is random, drawn for this move.
+    pub fn new(options: DestinationOptions, token: SessionToken, peer: String) -> Self {
+        Self { options, token, state: State::Hello, channels: 0, verify: true, peer, actions: VecDeque::new() }
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Takes in what has happened.
+    pub fn handle(&mut self, input: Input) {
+        let state = std::mem::replace(&mut self.state, State::Over);
+        self.state = match (state, input) {
+            (State::Over, _) => State::Over,
+            // After *commit* the machine is ours: a broken link changes nothing.
+            (starting @ State::Starting { .. }, Input::LinkLost(_) | Input::Message(_) | Input::ChannelFailed(_)) => {
+                starting
+            }
+            (State::Starting { run }, Input::Started(result)) => self.started(run, result),
+            (_, Input::Message(Message::Abort(why))) => {
+                self.give_up(format!("{} called the move off: {why}", self.peer))
+            }
+            (_, Input::LinkLost(why)) => self.give_up(format!("the connection to {} broke: {why}", self.peer)),
+            (_, Input::ChannelFailed(why)) => self.abort(why),
+            (State::Hello, Input::Message(Message::Hello(hello))) => self.hello(hello),
+            (State::Hello, Input::Message(message)) => {
+                self.abort(format!("the peer began with {} instead of Hello", message.name()))
+            }
+            (state @ State::Preflight, Input::Message(Message::ClockRequest(number))) => {
+                self.act(Action::Send(Message::ClockReply((number, 0))));
+                state
+            }
+            (State::Preflight, Input::Message(Message::Preflight(request))) => self.preflight(request),
+            (State::Checking(request), Input::Checked(refusals)) => {
+                let go_on = refusals.is_empty();
+                self.act(Action::Send(Message::Verdict(refusals)));
+                match go_on {
+                    true => State::AwaitPrepare(request),
+                    false => self.give_up("the machine was refused by preflight".into()),
+                }
+            }
+            (State::AwaitPrepare(agreed), Input::Message(Message::Prepare(request))) => {
+                let context = LoadContext { clock_offset_ns: request.clock_offset_ns };
+                self.channels = agreed.channels;
+                self.verify = request.verify;
+                self.act(Action::Build { machine: agreed.machine, request });
+                State::Building(context)
+            }
+            (State::Building(context), Input::Built(Ok(load))) => {
+                self.act(Action::Send(Message::Prepared(Prepared { token: self.token, load })));
+                self.act(Action::OpenData { channels: self.channels });
+                State::Receiving(Receiving {
+                    context,
+                    verify: self.verify,
+                    open_channels: self.channels,
+                    sum: 0,
+                    state: None,
+                    table: None,
+                })
+            }
+            (State::Building(_), Input::Built(Err(why))) => self.abort(why),
+            (State::Receiving(receiving), input) => self.receiving(receiving, input),
+            (State::Loading, Input::Loaded(Ok(steps))) => {
+                self.act(Action::Send(Message::Ready(steps)));
+                State::Ready
+            }
+            (State::Loading, Input::Loaded(Err(why))) => self.abort(why),
+            (State::Ready, Input::Message(Message::Commit(Commit { run, .. }))) => {
+                let run = run && !self.options.hold;
+                self.act(Action::Start { run });
+                State::Starting { run }
+            }
+            (_, Input::Message(message)) => self.abort(format!("{} has no place here", message.name())),
+            (state, _) => state,
+        };
+    }
+
+    fn hello(&mut self, hello: Hello) -> State {
+        self.peer = format!("{} ({}, {})", self.peer, hello.host, hello.program);
+        self.act(Action::Send(Message::Hello(Hello {
+            version: VERSION,
+            features: 0,
+            program: concat!("godwit ", env!("CARGO_PKG_VERSION")).into(),
+            host: self.options.host_name.clone(),
+        })));
+        match hello.version.major == VERSION.major {
+            true => State::Preflight,
+            // The source says so to its user: it knows both versions now.
+            false => self.give_up(format!("{} speaks protocol {}", self.peer, hello.version.major)),
+        }
+    }
+
+    fn preflight(&mut self, request: PreflightRequest) -> State {
+        if !(1..=MAX_CHANNELS).contains(&request.channels) {
+            return self
+                .abort(format!("{} data channels were asked for, 1 to {MAX_CHANNELS} are possible", request.channels));
+        }
+        self.act(Action::Check(request.machine.clone()));
+        State::Checking(Box::new(request))
+    }
+
+    fn receiving(&mut self, mut receiving: Receiving, input: Input) -> State {
+        match input {
+            Input::DataOpened(Err(why)) => return self.abort(why),
+            Input::ChannelEnded { sum } => {
+                receiving.open_channels = receiving.open_channels.saturating_sub(1);
+                receiving.sum = receiving.sum.wrapping_add(sum);
+            }
+            Input::Message(Message::Round(round)) => self.act(Action::Round(round.round)),
+            Input::Message(Message::State(sections)) => receiving.state = Some(sections),
+            Input::Message(Message::Table(table)) => receiving.table = Some(table.sum),
+            Input::Message(message) => return self.abort(format!("{} has no place here", message.name())),
+            _ => {}
+        }
+        let (Some(sum), 0, true) = (receiving.table, receiving.open_channels, receiving.state.is_some()) else {
+            return State::Receiving(receiving);
+        };
+        if receiving.verify && sum != receiving.sum {
+            // Invariant 4: nothing is loaded over memory that is not what was sent.
+            return self.abort("the memory that arrived is not what was sent (the page tables differ)".into());
+        }
+        self.act(Action::Load(receiving.state.unwrap_or_default(), receiving.context));
+        State::Loading
+    }
+
+    fn started(&mut self, run: bool, result: Result<Vec<TimedStep>, String>) -> State {
+        match result {
+            Ok(steps) => {
+                self.act(Action::Send(Message::Running(steps)));
+                self.act(Action::Own { running: run });
+            }
+            Err(why) => {
+                // The machine is this end's and does not run: neither end may pretend otherwise.
+                let why = format!("the guest was handed over and could not be started: {why}");
+                self.act(Action::Send(Message::Abort(why.clone())));
+                self.act(Action::Own { running: false });
+            }
+        }
+        State::Over
+    }
+
+    /// Ends the move and tells the peer why.
+    fn abort(&mut self, why: String) -> State {
+        self.act(Action::Send(Message::Abort(why.clone())));
+        self.give_up(why)
+    }
+
+    fn give_up(&mut self, why: String) -> State {
+        self.act(Action::GiveUp(why));
+        State::Over
+    }
+
+    fn act(&mut self, action: Action) {
+        self.actions.push_back(action);
+    }
+}

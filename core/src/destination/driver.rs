@@ -1,0 +1,249 @@
+//! The destination in life: threads, channels and a clock around [`DestinationControl`].
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::control::{Action, DestinationControl, Input};
+use super::worker::{self, Shared};
+use super::{DestinationOptions, DestinationOutcome};
+use crate::channel::{Channel, HangUp, IncomingData, SessionToken};
+use crate::layout::Layout;
+use crate::link::ControlLink;
+use crate::machine::{DestinationHost, DestinationMachine, LoadContext, MachineDescription, MachineError};
+use crate::message::{Message, PrepareRequest, TimedStep};
+use crate::phase::Phase;
+use crate::progress::{Event, Observer, Report, Step};
+use crate::random;
+use crate::table::{PageHasher, PageTable};
+use crate::view::MemoryView;
+
+/// How long the source may take to open its data channels once it was told to.
+const OPEN_DATA_LIMIT: Duration = Duration::from_secs(10);
+/// How often silence is looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+/// One attempt to take a machine in.
+pub struct Driver<'a, H: DestinationHost> {
+    host: &'a mut H,
+    data: &'a mut dyn IncomingData,
+    observer: Arc<dyn Observer>,
+    silence_limit: Duration,
+    token: SessionToken,
+    link: ControlLink,
+    control: DestinationControl,
+    sender: Sender<Input>,
+    inputs: Receiver<Input>,
+    machine: Option<H::Machine>,
+    shared: Option<Arc<Shared>>,
+    workers: Vec<JoinHandle<()>>,
+    hang_ups: Vec<Arc<dyn HangUp>>,
+    began: Instant,
+    report: Report,
+}
+
+impl<'a, H: DestinationHost> Driver<'a, H> {
+    /// Starts the control link's threads.
+    pub fn new(
+        control: Channel,
+        data: &'a mut dyn IncomingData,
+        host: &'a mut H,
+        options: &DestinationOptions,
+        observer: Arc<dyn Observer>,
+    ) -> io::Result<Self> {
+        let token = SessionToken(random::secret()?);
+        let peer = control.peer.clone();
+        let (sender, inputs) = mpsc::channel();
+        let hear = sender.clone();
+        let link = ControlLink::start(control, move |message| {
+            // Nobody listens any more: the move is over.
+            let _ = hear.send(message.map_or_else(Input::LinkLost, Input::Message));
+        })?;
+        Ok(Self {
+            host,
+            data,
+            observer,
+            silence_limit: options.silence_limit,
+            token,
+            link,
+            control: DestinationControl::new(options.clone(), token, peer),
+            sender,
+            inputs,
+            machine: None,
+            shared: None,
+            workers: Vec::new(),
+            hang_ups: Vec::new(),
+            began: Instant::now(),
+            report: Report::default(),
+        })
+    }
+
+    /// Runs the attempt to its end.
+    pub fn run(mut self) -> DestinationOutcome<H::Machine> {
+        loop {
+            while let Some(action) = self.control.poll_action() {
+                match action {
+                    Action::Own { running } => return self.own(running),
+                    Action::GiveUp(why) => return self.give_up(why),
+                    action => self.execute(action),
+                }
+            }
+            match self.inputs.recv_timeout(TICK) {
+                Ok(input) => self.control.handle(input),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            if self.link.silence() > self.silence_limit {
+                let why = format!("nothing was heard from it for {:?}", self.silence_limit);
+                self.control.handle(Input::LinkLost(why));
+            }
+        }
+    }
+
+    fn execute(&mut self, action: Action) {
+        match action {
+            Action::Send(message) => self.send(message),
+            Action::Check(machine) => {
+                self.enter(Phase::Preflight);
+                let refusals = self.host.check(&machine);
+                self.control.handle(Input::Checked(refusals));
+            }
+            Action::Build { machine, request } => {
+                self.enter(Phase::Prepare);
+                let built = self.build(&machine, request).map_err(|error| error.to_string());
+                self.control.handle(Input::Built(built));
+            }
+            Action::OpenData { channels } => {
+                let opened = self.open_data(channels).map_err(|error| error.to_string());
+                if opened.is_ok() {
+                    self.enter(Phase::FirstPass);
+                }
+                self.control.handle(Input::DataOpened(opened));
+            }
+            Action::Round(1) => self.enter(Phase::Rounds),
+            Action::Round(_) => {}
+            Action::Load(sections, context) => {
+                self.enter(Phase::State);
+                let began = Instant::now();
+                let loaded = match &mut self.machine {
+                    Some(machine) => machine.load(&sections, &context).map_err(|error| error.to_string()),
+                    None => Err("there is no machine to load into".into()),
+                };
+                let steps = loaded.map(|()| vec![self.step("load state", began)]);
+                self.control.handle(Input::Loaded(steps));
+            }
+            Action::Start { run } => {
+                self.enter(Phase::Commit);
+                let began = Instant::now();
+                let started = match &mut self.machine {
+                    Some(machine) if run => machine.start().map_err(|error| error.to_string()),
+                    _ => Ok(()),
+                };
+                let steps = started.map(|()| vec![self.step("start vCPUs", began)]);
+                self.control.handle(Input::Started(steps));
+            }
+            Action::Own { .. } | Action::GiveUp(_) => {}
+        }
+    }
+
+    fn send(&mut self, mut message: Message) {
+        if let Message::ClockReply((_, realtime_ns)) = &mut message {
+            let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            *realtime_ns = realtime.as_nanos() as i64;
+        }
+        if let Err(error) = self.link.send(&message) {
+            self.control.handle(Input::LinkLost(format!("cannot send {}: {error}", message.name())));
+        }
+    }
+
+    fn build(&mut self, description: &MachineDescription, request: PrepareRequest) -> Result<Duration, MachineError> {
+        let layout = Layout::new(&description.memory)
+            .map_err(|error| MachineError::with_source("the machine's description", error))?;
+        let mut machine = self.host.prepare(description)?;
+        let began = Instant::now();
+        let context = LoadContext { clock_offset_ns: request.clock_offset_ns };
+        machine.load(&request.rehearsal, &context)?;
+        let load = began.elapsed();
+        let layout = Arc::new(layout);
+        self.shared = Some(Arc::new(Shared {
+            view: MemoryView::new(machine.memory(), Arc::clone(&layout))?,
+            table: PageTable::new(&layout),
+            hasher: PageHasher::new(request.table_seed, request.verify),
+            link: self.link.clone(),
+            channels: 0,
+        }));
+        self.machine = Some(machine);
+        self.data.expect(self.token);
+        Ok(load)
+    }
+
+    fn open_data(&mut self, channels: u16) -> io::Result<()> {
+        if let Some(shared) = self.shared.as_mut().and_then(Arc::get_mut) {
+            shared.channels = channels.into();
+        }
+        let deadline = Instant::now() + OPEN_DATA_LIMIT;
+        let mut open = vec![false; channels.into()];
+        while open.contains(&false) {
+            let (index, channel) = self.data.accept(deadline.saturating_duration_since(Instant::now()))?;
+            match open.get_mut(usize::from(index)) {
+                Some(open) if !*open => *open = true,
+                _ => return Err(io::Error::other(format!("data channel {index} was not asked for"))),
+            }
+            self.hang_ups.push(Arc::clone(&channel.hang_up));
+            self.start_worker(index.into(), channel)?;
+        }
+        Ok(())
+    }
+
+    fn start_worker(&mut self, index: usize, channel: Channel) -> io::Result<()> {
+        let Some(shared) = self.shared.clone() else { return Ok(()) };
+        let inputs = self.sender.clone();
+        let worker = thread::Builder::new().name(format!("data-{index}")).spawn(move || {
+            // The writing half stays open until the channel has ended: closing it early could reset the connection.
+            let Channel { reader, writer: _writer, .. } = channel;
+            let input = match worker::run(&shared, index, reader) {
+                Ok(sum) => Input::ChannelEnded { sum },
+                Err(error) => Input::ChannelFailed(error.to_string()),
+            };
+            let _ = inputs.send(input);
+        })?;
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    fn own(mut self, running: bool) -> DestinationOutcome<H::Machine> {
+        self.enter(Phase::Completed);
+        self.join();
+        self.report.total_ms = self.began.elapsed().as_secs_f64() * 1e3;
+        self.report.wire_bytes = self.link.wire_bytes();
+        match self.machine.take() {
+            Some(machine) => DestinationOutcome::Owned { machine, running, report: self.report },
+            None => DestinationOutcome::Ended("there is no machine".into()),
+        }
+    }
+
+    fn give_up(mut self, why: String) -> DestinationOutcome<H::Machine> {
+        self.link.finish();
+        self.join();
+        self.link.hang_up();
+        DestinationOutcome::Ended(why)
+    }
+
+    /// The data channels have ended, or are ended here.
+    fn join(&mut self) {
+        self.hang_ups.drain(..).for_each(|hang_up| hang_up.hang_up());
+        self.workers.drain(..).for_each(|worker| drop(worker.join()));
+    }
+
+    fn enter(&self, phase: Phase) {
+        self.observer.event(Event::Phase { phase });
+    }
+
+    fn step(&mut self, name: &str, began: Instant) -> TimedStep {
+        let duration = began.elapsed();
+        let duration_ms = duration.as_secs_f64() * 1e3;
+        self.report.steps.push(Step { end: "destination", name: name.into(), duration_ms });
+        TimedStep { name: name.into(), duration }
+    }
+}

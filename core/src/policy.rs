@@ -1,0 +1,155 @@
+//! When to stop the guest: pure arithmetic on what has been measured.
+
+use std::time::Duration;
+
+use crate::source::OnStall;
+
+/// What is known when a round has ended.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RoundEnd {
+    /// The round that has ended; 0 is the first pass.
+    pub round: u32,
+    /// Since the move began.
+    pub elapsed: Duration,
+    /// Pages dirty now.
+    pub dirty_pages: u64,
+    /// Wire bytes that a dirty page takes (ρ × 4096).
+    pub wire_bytes_per_page: f64,
+    /// Bytes sent and not known to be applied.
+    pub queued_bytes: u64,
+    /// B_s: what the pause can count on.
+    pub switchover_bytes_per_s: f64,
+    /// F: what the pause takes with nothing to send.
+    pub fixed: Duration,
+}
+
+/// The user's limits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    /// The longest pause to aim for.
+    pub downtime: Duration,
+    /// Rounds after the first pass.
+    pub max_rounds: u32,
+    /// Time budget.
+    pub timeout: Option<Duration>,
+    /// What to do when they are not met.
+    pub on_stall: OnStall,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Decision {
+    /// Another round.
+    Continue,
+    /// Stop the guest: the limit is met.
+    Stop,
+    /// Stop the guest although it is not; why.
+    ForceStop(String),
+    /// Give up; why.
+    GiveUp(String),
+}
+
+impl RoundEnd {
+    /// The pause, if it began now: (ρ × dirty + queued) / B_s + F.
+    pub fn predicted_pause(&self) -> Duration {
+        let bytes = self.dirty_pages as f64 * self.wire_bytes_per_page + self.queued_bytes as f64;
+        // A day stands for "never": a rate of 0 must not divide.
+        let sending = (bytes / self.switchover_bytes_per_s.max(1.0)).min(86_400.0);
+        self.fixed + Duration::from_secs_f64(sending)
+    }
+
+    /// The stop rule, and what happens when it is not met in time.
+    pub fn decide(&self, limits: &Limits) -> Decision {
+        let pause = self.predicted_pause();
+        if pause <= limits.downtime {
+            return Decision::Stop;
+        }
+        let late = limits.timeout.filter(|timeout| self.elapsed >= *timeout);
+        let spent = match late {
+            Some(timeout) => format!("the time budget of {timeout:.1?} is used up"),
+            None if self.round >= limits.max_rounds => {
+                format!("{} rounds after the first pass were not enough", self.round)
+            }
+            None => return Decision::Continue,
+        };
+        let short = format!(
+            "{spent}: {} pages are still dirty, which would take a pause of {pause:.1?} ({:.1?} of it fixed) where {:.1?} are allowed",
+            self.dirty_pages, self.fixed, limits.downtime
+        );
+        match limits.on_stall {
+            OnStall::Abort => Decision::GiveUp(short),
+            OnStall::Force => Decision::ForceStop(short),
+        }
+    }
+}
+
+/// Time until the end, if the dirty rate stays as it is: this round's rest, then rounds that shrink by
+/// k = dirty rate / rate, down to what fits into the pause. `None` if they do not shrink.
+pub fn time_left(remaining_bytes: f64, rate: f64, dirty_bytes_per_s: f64, final_bytes: f64) -> Option<Duration> {
+    let k = dirty_bytes_per_s / rate;
+    if !(rate > 0.0 && k < 0.98) {
+        return None;
+    }
+    let mut left = remaining_bytes / rate;
+    let mut next = remaining_bytes * k;
+    while next > final_bytes.max(4096.0) {
+        left += next / rate;
+        next *= k;
+    }
+    Some(Duration::from_secs_f64(left.min(86_400.0 * 365.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn end(round: u32, dirty_pages: u64) -> RoundEnd {
+        RoundEnd {
+            round,
+            elapsed: 100 * MS,
+            dirty_pages,
+            wire_bytes_per_page: 5000.0,
+            queued_bytes: 1_000_000,
+            switchover_bytes_per_s: 1e9,
+            fixed: 2 * MS,
+        }
+    }
+
+    fn limits(on_stall: OnStall) -> Limits {
+        Limits { downtime: 8 * MS, max_rounds: 3, timeout: None, on_stall }
+    }
+
+    #[test]
+    fn stops_exactly_when_the_predicted_pause_fits() {
+        assert_eq!(end(0, 1000).predicted_pause(), 8 * MS);
+        assert_eq!(end(0, 1000).decide(&limits(OnStall::Abort)), Decision::Stop);
+        assert_eq!(end(0, 1001).decide(&limits(OnStall::Abort)), Decision::Continue);
+        assert_eq!(end(3, 1000).decide(&limits(OnStall::Abort)), Decision::Stop, "also in the last round");
+    }
+
+    #[test]
+    fn never_goes_on_for_ever() {
+        assert_eq!(end(2, 5000).decide(&limits(OnStall::Abort)), Decision::Continue);
+        assert!(matches!(end(3, 5000).decide(&limits(OnStall::Abort)), Decision::GiveUp(_)));
+        assert!(matches!(end(3, 5000).decide(&limits(OnStall::Force)), Decision::ForceStop(_)));
+        let timed = Limits { timeout: Some(100 * MS), ..limits(OnStall::Abort) };
+        assert!(matches!(end(0, 5000).decide(&timed), Decision::GiveUp(why) if why.contains("time budget")));
+    }
+
+    #[test]
+    fn a_rate_of_nothing_predicts_a_very_long_pause() {
+        let stuck = RoundEnd { switchover_bytes_per_s: 0.0, ..end(0, u64::MAX) };
+        assert!(stuck.predicted_pause() >= Duration::from_secs(86_400));
+    }
+
+    #[test]
+    fn time_left_adds_up_the_rounds() {
+        // k = 0.5: 1 s, then 0.5, 0.25, 0.125 … until 10 MB are left.
+        let left = time_left(100e6, 100e6, 50e6, 10e6).unwrap().as_secs_f64();
+        assert!((left - 1.875).abs() < 1e-9, "{left}");
+        assert_eq!(time_left(100e6, 100e6, 100e6, 0.0), None);
+        assert_eq!(time_left(100e6, 0.0, 0.0, 0.0), None);
+    }
+}

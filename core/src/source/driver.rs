@@ -1,0 +1,492 @@
+//! The source in life: threads, channels and a clock around [`SourceControl`].
+//!
+//! One coordinator thread carries out actions and feeds back what happened. Whatever the VMM is asked to do runs on a
+//! thread of its own, one thing after the other, so that a slow machine never makes the coordinator deaf. Each data
+//! channel has a worker.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
+use super::flow::Probe;
+use super::state::Shared as Handle;
+use super::worker::{Order, Report, Shared, Worker};
+use super::{CancelError, SourceOutcome};
+use crate::audit;
+use crate::channel::{Dial, HangUp, SessionToken};
+use crate::layout::Layout;
+use crate::link::ControlLink;
+use crate::machine::{MachineError, SourceMachine};
+use crate::message::{Message, TimedStep};
+use crate::pending::{Harvester, Pending, forget_vmm_writes};
+use crate::progress::{Event as Told, Observer};
+use crate::table::{PageHasher, PageTable};
+use crate::touched::TouchedPages;
+use crate::view::MemoryView;
+
+/// How long opening a channel may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// A peer that says nothing for this long is taken for lost: pings come every second.
+const SILENCE_LIMIT: Duration = Duration::from_secs(8);
+/// How often silence and deadlines are looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What reaches the coordinator.
+pub enum Event {
+    /// For the control plane.
+    Input(Input),
+    /// From a data worker.
+    Worker(Report),
+    /// Call the move off, and say whether that is still possible.
+    Cancel(Sender<Result<(), CancelError>>),
+}
+
+impl From<Input> for Event {
+    fn from(input: Input) -> Self {
+        Event::Input(input)
+    }
+}
+
+/// The coordinator.
+pub struct Driver {
+    machine: Arc<dyn SourceMachine>,
+    dial: Arc<dyn Dial>,
+    observer: Arc<dyn Observer>,
+    handle: Arc<Handle>,
+    control: SourceControl,
+    events: Receiver<Event>,
+    sender: Sender<Event>,
+    jobs: Sender<Job>,
+    silence_told: bool,
+    data: Option<Data>,
+    round: Option<Round>,
+    verify: bool,
+    channels: u16,
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// What exists once the data channels are open.
+struct Data {
+    shared: Arc<Shared>,
+    harvester: Option<Harvester>,
+    orders: Vec<Sender<Order>>,
+    hang_ups: Vec<Arc<dyn HangUp>>,
+    workers: Vec<JoinHandle<()>>,
+    awaited: usize,
+    pages: u64,
+    sum: u64,
+}
+
+struct Round {
+    began: Instant,
+    wire_bytes: u64,
+    capped: bool,
+}
+
+impl Driver {
+    /// A coordinator for a move that begins now.
+    pub fn new(
+        machine: Arc<dyn SourceMachine>,
+        dial: Box<dyn Dial>,
+        observer: Arc<dyn Observer>,
+        handle: Arc<Handle>,
+        beginning: Beginning,
+        (sender, events): (Sender<Event>, Receiver<Event>),
+    ) -> Self {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        // Without the thread, jobs fail to be queued and the move ends with that error.
+        let _ =
+            thread::Builder::new().name("machine-jobs".into()).spawn(move || queue.into_iter().for_each(|job| job()));
+        Self {
+            machine,
+            dial: Arc::from(dial),
+            observer,
+            handle,
+            verify: beginning.options.verify,
+            channels: beginning.options.channels,
+            control: SourceControl::new(beginning),
+            events,
+            sender,
+            jobs,
+            silence_told: false,
+            data: None,
+            round: None,
+        }
+    }
+
+    /// Runs the move to its end.
+    pub fn run(mut self) {
+        loop {
+            while let Some(action) = self.control.poll_action() {
+                if let Some(outcome) = self.execute(action) {
+                    return self.end(outcome);
+                }
+                self.handle.note(&self.control);
+            }
+            let wait = match self.control.deadline() {
+                Some(deadline) => deadline.saturating_sub(self.now()).min(TICK),
+                None => TICK,
+            };
+            match self.events.recv_timeout(wait) {
+                Ok(event) => self.take_in(event),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => self.input(Input::Tick),
+            }
+            self.listen_for_silence();
+            self.handle.note(&self.control);
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.handle.flow.now()
+    }
+
+    fn input(&mut self, input: Input) {
+        let now = self.now();
+        self.control.handle(now, input);
+    }
+
+    fn take_in(&mut self, event: Event) {
+        match event {
+            Event::Input(Input::Message(Message::Applied(applied))) => {
+                if !self.handle.flow.applied(applied) {
+                    return self.input(Input::LinkLost(format!("it acknowledged what was never sent: {applied:?}")));
+                }
+                if let Some(Probe { bytes, began }) = self.handle.flow.probe_ended_by(applied) {
+                    self.input(Input::Done(Done::Probed { bytes, duration: began.elapsed() }));
+                }
+            }
+            Event::Input(input) => self.input(input),
+            Event::Worker(report) => self.worker(report),
+            Event::Cancel(answer) => {
+                let allowed = self.control.may_cancel();
+                // Nobody waits for the answer any more: cancel all the same.
+                let _ = answer.send(allowed.clone());
+                if allowed.is_ok() {
+                    self.input(Input::Cancel);
+                }
+            }
+        }
+    }
+
+    fn listen_for_silence(&mut self) {
+        let silence = self.handle.link().map(|link| link.silence());
+        if !self.silence_told && silence.is_some_and(|silence| silence > SILENCE_LIMIT) {
+            self.silence_told = true;
+            self.input(Input::LinkLost(format!("nothing was heard from it for {SILENCE_LIMIT:?}")));
+        }
+    }
+
+    /// Carries out an action; some outcome is the end.
+    fn execute(&mut self, action: Action) -> Option<SourceOutcome> {
+        match action {
+            Action::Enter(phase) => {
+                tracing::debug!("phase {phase}");
+                self.observer.event(Told::Phase { phase });
+            }
+            Action::RoundEnded(round) => self.observer.event(Told::Round(round)),
+            Action::Say(text) => {
+                tracing::info!("{text}");
+                self.observer.event(Told::Decision { text });
+            }
+            Action::Send(message) => self.send(message),
+            Action::CutRound => self.handle.flow.cut_round(),
+            Action::HangUp => self.hang_up(),
+            Action::Finish(outcome) => return Some(*outcome),
+            Action::Connect => self.connect(),
+            Action::Describe => {
+                self.job(|machine| Ok(Done::Described(machine.describe()?)));
+            }
+            Action::Rehearse => self.job(rehearse),
+            Action::OpenData { token, table_seed } => self.open_data(token, table_seed),
+            Action::Probe(bytes) => self.order(Order::Probe(bytes), 1),
+            Action::StartLog => self.start_log(),
+            Action::Round { first } => {
+                let flow = &self.handle.flow;
+                let capped = flow.bytes_per_s().is_some();
+                self.round = Some(Round { began: Instant::now(), wire_bytes: flow.wire_bytes(), capped });
+                self.order(Order::Round { first }, usize::MAX);
+            }
+            Action::StopGuest => self.stop_guest(),
+            Action::SendFinal => self.order(Order::Final, usize::MAX),
+            Action::Restore { resume } => self.restore(resume),
+            Action::Audit => {
+                let shared = self.data.as_ref().map(|data| Arc::clone(&data.shared))?;
+                self.job(move |_| {
+                    Ok(Done::Audited(audit::memory_against_table(&shared.view, &shared.table, &shared.hasher)))
+                });
+            }
+        }
+        None
+    }
+
+    fn send(&mut self, message: Message) {
+        let Some(link) = self.handle.link() else { return };
+        if let Message::ClockRequest(_) = message {
+            let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.control.clock_asked(self.handle.flow.now(), realtime.as_nanos() as i64);
+        }
+        let last = matches!(message, Message::Abort(_));
+        match link.send(&message) {
+            Ok(()) if last => link.finish(),
+            Ok(()) => {}
+            Err(_) if last => {}
+            Err(error) => self.input(Input::LinkLost(format!("cannot send {}: {error}", message.name()))),
+        }
+    }
+
+    /// Runs `job` on the machine's thread; its result comes back as an input.
+    fn job(&mut self, job: impl FnOnce(&dyn SourceMachine) -> Result<Done, MachineError> + Send + 'static) {
+        let (machine, events) = (Arc::clone(&self.machine), self.sender.clone());
+        let queued = self.jobs.send(Box::new(move || {
+            let input = match job(&*machine) {
+                Ok(done) => Input::Done(done),
+                Err(error) => Input::Failed(error.to_string()),
+            };
+            let _ = events.send(input.into());
+        }));
+        if queued.is_err() {
+            self.input(Input::Failed("no thread could be started for the machine".into()));
+        }
+    }
+
+    /// On a thread of its own: a peer that does not answer must not keep the machine's thread from restoring.
+    fn connect(&mut self) {
+        let (dial, events, handle) = (Arc::clone(&self.dial), self.sender.clone(), Arc::clone(&self.handle));
+        let spawned = thread::Builder::new().name("connect".into()).spawn(move || {
+            let heard = events.clone();
+            let hear = move |message: Result<Message, String>| {
+                let _ = heard.send(message.map_or_else(Input::LinkLost, Input::Message).into());
+            };
+            let input = match dial.control(CONNECT_LIMIT).and_then(|channel| ControlLink::start(channel, hear)) {
+                Ok(link) => {
+                    handle.set_link(link);
+                    Input::Done(Done::Connected)
+                }
+                Err(error) => Input::Failed(format!("cannot connect to {}: {error}", dial.uri())),
+            };
+            let _ = events.send(input.into());
+        });
+        if let Err(error) = spawned {
+            self.input(Input::Failed(format!("no thread could be started to connect: {error}")));
+        }
+    }
+
+    fn open_data(&mut self, token: SessionToken, table_seed: u64) {
+        match self.try_open_data(token, table_seed) {
+            Ok(data) => {
+                self.data = Some(data);
+                self.input(Input::Done(Done::DataOpened));
+            }
+            Err(why) => self.input(Input::Failed(why.to_string())),
+        }
+    }
+
+    fn try_open_data(&mut self, token: SessionToken, table_seed: u64) -> Result<Data, MachineError> {
+        let description = self.machine.describe()?;
+        let layout = Layout::new(&description.memory)
+            .map_err(|error| MachineError::with_source("the machine's description", error))?;
+        let memory = self.machine.memory();
+        let touched = TouchedPages::new(&memory)
+            .map_err(|error| MachineError::with_source("cannot read this process's page map", error))?;
+        let layout = Arc::new(layout);
+        let shared = Arc::new(Shared {
+            machine: Arc::clone(&self.machine),
+            view: MemoryView::new(memory, Arc::clone(&layout))?,
+            pending: Pending::new(&layout),
+            table: PageTable::new(&layout),
+            hasher: PageHasher::new(table_seed, self.verify),
+            touched,
+            flow: Arc::clone(&self.handle.flow),
+            channels: usize::from(self.channels),
+            compression: self.control.compression(),
+        });
+        let mut data = Data {
+            harvester: Some(Harvester::new(&layout)),
+            shared: Arc::clone(&shared),
+            orders: Vec::new(),
+            hang_ups: Vec::new(),
+            workers: Vec::new(),
+            awaited: 0,
+            pages: 0,
+            sum: 0,
+        };
+        for index in 0..self.channels {
+            let cannot = |error| {
+                MachineError::with_source(format!("cannot open data channel {index} to {}", self.dial.uri()), error)
+            };
+            let channel = self.dial.data(token, index, CONNECT_LIMIT).map_err(cannot)?;
+            let worker = Worker::new(Arc::clone(&shared), index.into(), channel.writer).map_err(cannot)?;
+            let (orders, queue) = mpsc::channel();
+            let events = self.sender.clone();
+            let thread = thread::Builder::new()
+                .name(format!("data-{index}"))
+                .spawn(move || worker.run(&queue, &events))
+                .map_err(cannot)?;
+            data.orders.push(orders);
+            data.hang_ups.push(channel.hang_up);
+            data.workers.push(thread);
+        }
+        self.handle.set_data(Arc::clone(&shared));
+        Ok(data)
+    }
+
+    fn start_log(&mut self) {
+        let Some(shared) = self.data.as_ref().map(|data| Arc::clone(&data.shared)) else { return };
+        self.job(move |machine| {
+            // Whatever is written from here on is logged, and all that was written before is about to be sent.
+            machine.dirty_log().start()?;
+            forget_vmm_writes(shared.view.memory());
+            shared.pending.fill(shared.view.layout());
+            Ok(Done::LogStarted)
+        });
+    }
+
+    /// Gives an order to the first `workers` workers.
+    fn order(&mut self, order: Order, workers: usize) {
+        let Some(data) = &mut self.data else { return };
+        data.awaited = data.orders.len().min(workers);
+        data.pages = 0;
+        data.sum = 0;
+        for orders in data.orders.iter().take(workers) {
+            // A worker that is gone has reported why.
+            let _ = orders.send(order);
+        }
+    }
+
+    fn worker(&mut self, report: Report) {
+        let Some(data) = &mut self.data else { return };
+        data.awaited = data.awaited.saturating_sub(1);
+        match report {
+            Report::Broken(why) => return self.input(Input::LinkLost(why)),
+            Report::Probing => return,
+            Report::RoundSent(pages) => data.pages += pages,
+            Report::Ended(sum) => data.sum = data.sum.wrapping_add(sum),
+        }
+        if data.awaited == 0 {
+            match report {
+                Report::Ended(_) => {
+                    let sum = data.sum;
+                    self.input(Input::Done(Done::FinalSent { sum }));
+                }
+                _ => self.end_round(),
+            }
+        }
+    }
+
+    fn end_round(&mut self) {
+        let Some(data) = &mut self.data else { return };
+        let Some(Round { began, wire_bytes, capped }) = self.round.take() else { return };
+        let flow = &self.handle.flow;
+        let mut sent = RoundSent {
+            duration: began.elapsed(),
+            pages: data.pages,
+            wire_bytes: flow.wire_bytes() - wire_bytes,
+            capped: capped || flow.bytes_per_s().is_some(),
+            ..RoundSent::default()
+        };
+        let harvesting = Instant::now();
+        if let Err(error) = harvest(data) {
+            return self.input(Input::Failed(error.to_string()));
+        }
+        sent.harvest = harvesting.elapsed();
+        sent.dirty_pages = data.shared.pending.count();
+        sent.queued_bytes = self.handle.flow.queued_bytes();
+        self.handle.round_ended(sent);
+        self.input(Input::Done(Done::RoundSent(sent)));
+    }
+
+    fn stop_guest(&mut self) {
+        let Some(data) = &mut self.data else { return };
+        let Some(mut harvester) = data.harvester.take() else { return };
+        let shared = Arc::clone(&data.shared);
+        let limit = self.handle.pause_timeout;
+        self.job(move |machine| {
+            let mut steps = Vec::new();
+            let mut began = Instant::now();
+            let mut step = |name: &str| {
+                let duration = began.elapsed();
+                began = Instant::now();
+                steps.push(TimedStep { name: name.into(), duration });
+            };
+            machine.pause(limit)?;
+            step("pause vCPUs and devices");
+            let sections = machine.save()?;
+            step("save state");
+            // The last harvest follows the last KVM ioctl and the last device write.
+            let (layout, view) = (shared.view.layout(), &shared.view);
+            harvester.harvest(layout, machine.dirty_log(), view.memory(), &shared.pending)?;
+            step("last harvest");
+            Ok(Done::Stopped { sections, steps })
+        });
+    }
+
+    fn hang_up(&mut self) {
+        self.handle.flow.stop();
+        for hang_up in self.data.iter().flat_map(|data| &data.hang_ups) {
+            hang_up.hang_up();
+        }
+        if let Some(link) = self.handle.link() {
+            link.hang_up();
+        }
+    }
+
+    fn restore(&mut self, resume: bool) {
+        let workers = self.data.as_mut().map(|data| std::mem::take(&mut data.workers)).unwrap_or_default();
+        let logging = self.data.is_some();
+        let events = self.sender.clone();
+        let machine = Arc::clone(&self.machine);
+        let queued = self.jobs.send(Box::new(move || {
+            // The guest first: it has waited long enough.
+            let resumed = if resume { machine.resume() } else { Ok(()) };
+            machine.throttle(1.0);
+            workers.into_iter().for_each(|worker| drop(worker.join()));
+            let stopped = if logging { machine.dirty_log().stop() } else { Ok(()) };
+            let result = resumed.and(stopped).map_err(|error| error.to_string());
+            let _ = events.send(Input::Done(Done::Restored(result)).into());
+        }));
+        if queued.is_err() {
+            self.input(Input::Done(Done::Restored(Err("no thread could be started for the machine".into()))));
+        }
+    }
+
+    fn end(mut self, mut outcome: SourceOutcome) {
+        self.hang_up();
+        if let Some(data) = &mut self.data {
+            data.orders.clear();
+            data.workers.drain(..).for_each(|worker| drop(worker.join()));
+        }
+        if let SourceOutcome::Moved(_) | SourceOutcome::Unknown(..) = outcome
+            && let Err(error) = self.machine.dirty_log().stop()
+        {
+            tracing::warn!("cannot stop the dirty log of the machine that has moved: {error}");
+        }
+        SourceControl::complete(&mut outcome, self.handle.wire_bytes(), self.handle.flow.pages());
+        self.handle.ended(outcome);
+    }
+}
+
+fn harvest(data: &mut Data) -> Result<(), MachineError> {
+    let shared = &data.shared;
+    match &mut data.harvester {
+        Some(harvester) => {
+            harvester.harvest(shared.view.layout(), shared.machine.dirty_log(), shared.view.memory(), &shared.pending)
+        }
+        None => Ok(()),
+    }
+}
+
+/// Pauses, saves and lets run on, as a rehearsal: what cannot be saved is found now, and what it takes is known.
+fn rehearse(machine: &dyn SourceMachine) -> Result<Done, MachineError> {
+    let running = machine.is_running();
+    let began = Instant::now();
+    machine.pause(CONNECT_LIMIT)?;
+    let saved = machine.save();
+    let pause = began.elapsed();
+    if running {
+        machine.resume()?;
+    }
+    Ok(Done::Rehearsed { sections: saved?, pause })
+}

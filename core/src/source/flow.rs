@@ -1,0 +1,211 @@
+//! What the source's threads share while pages flow: the cap, the counters, and the order to stop.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::message::Applied;
+use crate::pacer::Pacer;
+use crate::progress::PageCounts;
+
+/// Shared by the coordinator, the workers and whoever holds the migration's handle.
+pub struct Flow {
+    started: Instant,
+    pacer: Mutex<Pacer>,
+    pacer_changed: Condvar,
+    stopped: AtomicBool,
+    cut: AtomicBool,
+    channels: Vec<ChannelFlow>,
+    probe: Mutex<Option<Probe>>,
+}
+
+/// Bytes that mean nothing, on their way.
+#[derive(Debug, Clone, Copy)]
+pub struct Probe {
+    /// How many.
+    pub bytes: u64,
+    /// When the first was written.
+    pub began: Instant,
+}
+
+/// One data channel's counters.
+#[derive(Default)]
+struct ChannelFlow {
+    /// Bytes given to the socket.
+    wire_bytes: AtomicU64,
+    /// Bytes encoded and written.
+    written_bytes: AtomicU64,
+    /// Of those, acknowledged.
+    applied_bytes: AtomicU64,
+    /// Marks on their way: number and bytes written up to there.
+    marks: Mutex<VecDeque<(u64, u64)>>,
+    raw: AtomicU64,
+    zero: AtomicU64,
+    zstd: AtomicU64,
+    untouched: AtomicU64,
+}
+
+impl Flow {
+    /// No bytes yet.
+    pub fn new(started: Instant, channels: u16, bytes_per_s: Option<u64>) -> Self {
+        Self {
+            started,
+            pacer: Mutex::new(Pacer::new(bytes_per_s)),
+            pacer_changed: Condvar::new(),
+            stopped: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            channels: (0..channels).map(|_| ChannelFlow::default()).collect(),
+            probe: Mutex::new(None),
+        }
+    }
+
+    /// Since the move was asked for.
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The cap in force.
+    pub fn bytes_per_s(&self) -> Option<u64> {
+        self.pacer().bytes_per_s()
+    }
+
+    /// Changes the cap; workers that wait for their turn hear of it at once.
+    pub fn set_bytes_per_s(&self, bytes_per_s: Option<u64>) {
+        self.pacer().set_bytes_per_s(self.now(), bytes_per_s);
+        self.pacer_changed.notify_all();
+    }
+
+    /// The most to hand to a socket in one call.
+    pub fn quantum_bytes(&self) -> usize {
+        self.pacer().quantum_bytes()
+    }
+
+    /// Waits until the cap lets `bytes` go, and charges them.
+    pub fn wait_for_turn(&self, bytes: u64) -> io::Result<()> {
+        let mut pacer = self.pacer();
+        loop {
+            self.check_stopped()?;
+            let delay = pacer.delay(self.now());
+            if delay.is_zero() {
+                pacer.charge(self.now(), bytes);
+                return Ok(());
+            }
+            pacer = match self.pacer_changed.wait_timeout(pacer, delay) {
+                Ok((pacer, _)) => pacer,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Charges what a transport added to the bytes it was given.
+    pub fn charge_extra(&self, bytes: u64) {
+        self.pacer().charge(self.now(), bytes);
+    }
+
+    /// Tells the workers to end, whatever they do.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        // Under the lock, so that nobody is between looking and waiting.
+        let _pacer = self.pacer();
+        self.pacer_changed.notify_all();
+    }
+
+    /// An error once [`Flow::stop`] was called.
+    pub fn check_stopped(&self) -> io::Result<()> {
+        match self.stopped.load(Ordering::Acquire) {
+            true => Err(io::Error::new(io::ErrorKind::Interrupted, "the move was ended")),
+            false => Ok(()),
+        }
+    }
+
+    /// Lets the workers leave their round at the next stripe.
+    pub fn cut_round(&self) {
+        self.cut.store(true, Ordering::Release);
+    }
+
+    /// Whether to leave the round.
+    pub fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
+    }
+
+    /// Notes what a channel has written, and what of it its socket was given.
+    pub fn wrote(&self, channel: usize, bytes: u64, wire_bytes: u64) {
+        let flow = &self.channels[channel];
+        flow.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+        flow.wire_bytes.store(wire_bytes, Ordering::Relaxed);
+    }
+
+    /// Notes a mark at the end of what a channel has written.
+    pub fn marked(&self, channel: usize, mark: u64, written_bytes: u64) {
+        lock(&self.channels[channel].marks).push_back((mark, written_bytes));
+    }
+
+    /// Notes that the next mark of channel 0 ends a probe.
+    pub fn probing(&self, probe: Probe) {
+        *lock(&self.probe) = Some(probe);
+    }
+
+    /// The probe that an acknowledgement ends.
+    pub fn probe_ended_by(&self, applied: Applied) -> Option<Probe> {
+        if applied.channel == 0 { lock(&self.probe).take() } else { None }
+    }
+
+    /// Notes the pages a channel has encoded.
+    pub fn encoded(&self, channel: usize, counts: PageCounts) {
+        let flow = &self.channels[channel];
+        flow.raw.store(counts.raw, Ordering::Relaxed);
+        flow.zero.store(counts.zero, Ordering::Relaxed);
+        flow.zstd.store(counts.zstd, Ordering::Relaxed);
+        flow.untouched.store(counts.untouched, Ordering::Relaxed);
+    }
+
+    /// Takes in an acknowledgement; false if it acknowledges what was never sent.
+    pub fn applied(&self, applied: Applied) -> bool {
+        let Some(flow) = self.channels.get(usize::from(applied.channel)) else { return false };
+        let mut marks = lock(&flow.marks);
+        while let Some((mark, bytes)) = marks.pop_front() {
+            flow.applied_bytes.store(bytes, Ordering::Relaxed);
+            if mark == applied.mark {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Bytes written and not acknowledged.
+    pub fn queued_bytes(&self) -> u64 {
+        let queued = |flow: &ChannelFlow| {
+            let applied = flow.applied_bytes.load(Ordering::Relaxed);
+            flow.written_bytes.load(Ordering::Relaxed).saturating_sub(applied)
+        };
+        self.channels.iter().map(queued).sum()
+    }
+
+    /// Bytes given to the data channels' sockets.
+    pub fn wire_bytes(&self) -> u64 {
+        self.channels.iter().map(|flow| flow.wire_bytes.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Pages encoded, over all channels.
+    pub fn pages(&self) -> PageCounts {
+        let sum = |field: fn(&ChannelFlow) -> &AtomicU64| {
+            self.channels.iter().map(|flow| field(flow).load(Ordering::Relaxed)).sum()
+        };
+        PageCounts {
+            raw: sum(|flow| &flow.raw),
+            zero: sum(|flow| &flow.zero),
+            zstd: sum(|flow| &flow.zstd),
+            untouched: sum(|flow| &flow.untouched),
+        }
+    }
+
+    fn pacer(&self) -> MutexGuard<'_, Pacer> {
+        lock(&self.pacer)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
