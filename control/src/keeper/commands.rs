@@ -1,0 +1,265 @@
+//! The commands of the control socket: which there are, and those about the machine. (docs/control.md)
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_core::SourceMachine;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::state::{Ownership, Shared, Wake};
+use super::{guest_commands, move_commands};
+use crate::qmp::message::{arguments, version};
+use crate::qmp::{Answer, Arguments, Handler, QmpError};
+
+/// How long `stop` may take.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Bytes that `pmemsave` writes at a time.
+const SAVE_BUFFER_BYTES: usize = 1 << 20;
+
+type Execute = fn(&Arc<Shared>, &str, Arguments) -> Answer;
+
+/// Every command, by name.
+const COMMANDS: &[(&str, Execute)] = &[
+    ("announce-self", announce_self),
+    ("cont", cont),
+    ("migrate", move_commands::migrate),
+    ("migrate-continue", move_commands::migrate_continue),
+    ("migrate-set-capabilities", move_commands::set_capabilities),
+    ("migrate-set-parameters", move_commands::set_parameters),
+    ("migrate_cancel", move_commands::cancel),
+    ("pmemsave", pmemsave),
+    ("query-block", query_block),
+    ("query-commands", query_commands),
+    ("query-cpus-fast", query_cpus_fast),
+    ("query-guest-ram", query_guest_ram),
+    ("query-migrate", move_commands::query_migrate),
+    ("query-migrate-capabilities", move_commands::query_capabilities),
+    ("query-migrate-parameters", move_commands::query_parameters),
+    ("query-name", query_name),
+    ("query-status", query_status),
+    ("query-uuid", query_uuid),
+    ("query-version", query_version),
+    ("quit", quit),
+    ("stop", stop),
+    ("system_powerdown", system_powerdown),
+    ("system_reset", system_reset),
+    ("x-godwit-guest", guest_commands::guest),
+    ("x-godwit-guest-check", guest_commands::check),
+    ("x-godwit-machine-definition", machine_definition),
+    ("x-godwit-migrate", move_commands::godwit_migrate),
+    ("x-godwit-query-migrate", move_commands::godwit_query_migrate),
+    ("x-godwit-release-hold", move_commands::release_hold),
+    ("x-godwit-take-ownership", take_ownership),
+];
+
+/// Executes clients' commands on what the keeper keeps.
+pub(super) struct Commands(pub(super) Arc<Shared>);
+
+impl Handler for Commands {
+    fn execute(&self, command: &str, arguments: Arguments) -> Answer {
+        match COMMANDS.iter().find(|(name, _)| *name == command) {
+            Some((_, execute)) => execute(&self.0, command, arguments),
+            None => Err(QmpError::command_not_found(command)),
+        }
+    }
+}
+
+/// The arguments of a command that takes none.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NoArguments {}
+
+fn query_commands(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let own = COMMANDS.iter().map(|(name, _)| *name);
+    Ok(own.chain(["qmp_capabilities"]).map(|name| json!({ "name": name })).collect())
+}
+
+fn query_version(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    Ok(version())
+}
+
+fn query_status(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let status = shared.state().run_state();
+    Ok(json!({ "status": status, "running": status == "running", "singlestep": false }))
+}
+
+fn query_name(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    Ok(json!({ "name": shared.state().name }))
+}
+
+fn query_uuid(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    // What QEMU answers for a machine that was given none.
+    Ok(json!({ "UUID": "00000000-0000-0000-0000-000000000000" }))
+}
+
+fn query_cpus_fast(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let cpus = shared.machine()?.cpus();
+    Ok(cpus
+        .iter()
+        .map(|cpu| {
+            json!({
+                "cpu-index": cpu.index,
+                "thread-id": cpu.thread_id,
+                "qom-path": format!("/machine/vcpu/{}", cpu.index),
+                "target": "x86_64",
+            })
+        })
+        .collect())
+}
+
+fn query_block(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    Ok(json!([]))
+}
+
+fn query_guest_ram(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let regions = shared.machine()?.ram();
+    Ok(regions
+        .iter()
+        .map(|region| {
+            json!({
+                "guest-address": region.guest_address,
+                "size": region.size_bytes,
+                "host-address": region.host_address,
+                "kind": region.kind,
+            })
+        })
+        .collect())
+}
+
+fn machine_definition(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let toml = shared.machine()?.config().to_toml().map_err(failed)?;
+    Ok(json!({ "toml": toml }))
+}
+
+fn stop(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let _operation = shared.operation();
+    let machine = shared.machine_at_rest()?;
+    if machine.is_running() {
+        machine.pause(PAUSE_LIMIT).map_err(failed)?;
+        shared.hub.publish("STOP", Value::Null);
+    }
+    Ok(json!({}))
+}
+
+fn cont(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let _operation = shared.operation();
+    resume(shared)
+}
+
+fn resume(shared: &Arc<Shared>) -> Answer {
+    let machine = shared.machine_at_rest()?;
+    if !machine.is_running() {
+        machine.resume().map_err(failed)?;
+        shared.hub.publish("RESUME", Value::Null);
+    }
+    Ok(json!({}))
+}
+
+/// A person has found out that the destination does not run the guest.
+fn take_ownership(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let _operation = shared.operation();
+    {
+        let mut state = shared.state();
+        match &state.ownership {
+            Ownership::Undecided(uri) => {
+                tracing::warn!("a person says that {uri} does not run the guest: it runs on here");
+                state.ownership = Ownership::Here;
+            }
+            Ownership::Here => return Err(QmpError::generic("this process owns the machine already")),
+            Ownership::Moved(uri) => return Err(QmpError::generic(format!("{uri} said that it runs the guest"))),
+        }
+    }
+    resume(shared)
+}
+
+fn system_powerdown(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    Err(QmpError::generic(
+        "this machine has no ACPI power button yet: the guest cannot be asked; power off from inside it, or `quit`",
+    ))
+}
+
+fn system_reset(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    Err(QmpError::generic("this machine has no reset button yet: reboot from inside the guest"))
+}
+
+fn announce_self(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    // Which frames to send is taken and has no meaning without a network interface.
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Announce {
+        #[serde(default, rename = "initial")]
+        _initial: u64,
+        #[serde(default, rename = "max")]
+        _max: u64,
+        #[serde(default, rename = "rounds")]
+        _rounds: u64,
+        #[serde(default, rename = "step")]
+        _step: u64,
+    }
+    let _: Announce = arguments(command, given)?;
+    tracing::info!("announce-self: the machine has no network interface, nothing was announced");
+    Ok(json!({}))
+}
+
+fn quit(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let _ = shared.wake.send(Wake::Quit);
+    Ok(json!({}))
+}
+
+fn pmemsave(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Save {
+        val: u64,
+        size: u64,
+        filename: PathBuf,
+    }
+    let save: Save = arguments(command, given)?;
+    let machine = shared.machine()?;
+    let path = save.filename.display();
+    let file =
+        File::create(&save.filename).map_err(|error| QmpError::generic(format!("cannot create {path}: {error}")))?;
+    let mut writer = BufWriter::with_capacity(SAVE_BUFFER_BYTES, file);
+    machine.write_memory_to(save.val, save.size, &mut writer).map_err(failed)?;
+    writer.flush().map_err(|error| QmpError::generic(format!("cannot write {path}: {error}")))?;
+    Ok(json!({}))
+}
+
+/// An error with everything that caused it.
+pub(super) fn failed(error: impl std::error::Error + 'static) -> QmpError {
+    QmpError::generic(crate::error_chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_in_order_and_documented() {
+        assert!(COMMANDS.is_sorted_by_key(|(name, _)| *name));
+        let document = include_str!("../../../docs/control.md");
+        for (name, _) in COMMANDS {
+            assert!(document.contains(&format!("`{name}`")), "docs/control.md does not mention {name}");
+        }
+    }
+}

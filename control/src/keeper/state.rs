@@ -1,0 +1,147 @@
+//! What the keeper's threads share.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use godwit_core::{HangUp, Phase};
+use godwit_vmm::{Machine, MachineEvent, MachineStatus};
+
+use super::moves::Move;
+use crate::parameters::Settings;
+use crate::qmp::{Hub, QmpError};
+
+/// What wakes the keeper's own thread.
+pub(super) enum Wake {
+    /// The machine did something by itself.
+    Machine(MachineEvent),
+    /// A move has ended, in either direction.
+    MoveEnded,
+    /// A client wants the process to end.
+    Quit,
+    /// SIGTERM or SIGINT.
+    Signal,
+}
+
+/// What the keeper's threads share.
+pub(super) struct Shared {
+    pub(super) hub: Hub,
+    pub(super) wake: Sender<Wake>,
+    /// Held by whatever starts, stops or sends away the machine.
+    operation: Mutex<()>,
+    state: Mutex<State>,
+}
+
+pub(super) struct State {
+    /// Until a machine is there, which has a name of its own.
+    pub(super) name: String,
+    pub(super) machine: Option<Machine>,
+    pub(super) settings: Settings,
+    /// How many moves have been asked for.
+    pub(super) move_count: u64,
+    /// The move that is running, or else the last one.
+    pub(super) last_move: Option<Arc<Move>>,
+    pub(super) ownership: Ownership,
+    /// A machine that is coming in.
+    pub(super) incoming: Option<Incoming>,
+    /// Whether the machine came from another host.
+    pub(super) arrived: bool,
+}
+
+/// Who has the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ownership {
+    /// This process.
+    Here,
+    /// It has moved to this URI.
+    Moved(String),
+    /// The peer at this URI may have it: *commit* was sent and no answer came.
+    Undecided(String),
+}
+
+/// A machine that is coming in.
+pub(super) struct Incoming {
+    pub(super) peer: String,
+    pub(super) phase: Option<Phase>,
+    pub(super) hang_up: Arc<dyn HangUp>,
+}
+
+impl Shared {
+    pub(super) fn new(name: String, settings: Settings, hub: Hub, wake: Sender<Wake>) -> Self {
+        let state = State {
+            name,
+            machine: None,
+            settings,
+            move_count: 0,
+            last_move: None,
+            ownership: Ownership::Here,
+            incoming: None,
+            arrived: false,
+        };
+        Shared { hub, wake, operation: Mutex::default(), state: Mutex::new(state) }
+    }
+
+    /// Never held across anything that takes long.
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps everybody else from starting, stopping or sending away the machine.
+    pub(super) fn operation(&self) -> MutexGuard<'_, ()> {
+        self.operation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine, to look at.
+    pub(super) fn machine(&self) -> Result<Machine, QmpError> {
+        let state = self.state();
+        state.machine.clone().ok_or_else(|| QmpError::generic("no machine has come in yet"))
+    }
+
+    /// The machine, to change whether it runs: only if it is ours and nothing is being done with it.
+    pub(super) fn machine_at_rest(&self) -> Result<Machine, QmpError> {
+        let machine = self.machine()?;
+        let state = self.state();
+        if let Some(current) = state.active_move() {
+            return Err(QmpError::generic(format!("the machine is being moved to {}: cancel that first", current.uri)));
+        }
+        match &state.ownership {
+            Ownership::Here => {}
+            Ownership::Moved(uri) => return Err(QmpError::generic(format!("the machine has moved to {uri}"))),
+            Ownership::Undecided(uri) => {
+                return Err(QmpError::generic(format!(
+                    "the guest stays paused: {uri} may be running it. Only if it does not run there and never will: \
+                     `resume --take-ownership` (x-godwit-take-ownership)"
+                )));
+            }
+        }
+        match machine.status() {
+            MachineStatus::Running | MachineStatus::Paused => Ok(machine),
+            MachineStatus::Shutdown => Err(QmpError::generic("the guest has powered off")),
+            MachineStatus::Faulted => Err(QmpError::generic("the guest has failed and cannot run on")),
+            MachineStatus::Stopped => Err(QmpError::generic("the machine has been stopped")),
+        }
+    }
+}
+
+impl State {
+    /// The move that is running.
+    pub(super) fn active_move(&self) -> Option<&Arc<Move>> {
+        self.last_move.as_ref().filter(|last| last.outcome().is_none())
+    }
+
+    /// QEMU's name for the state of the machine.
+    pub(super) fn run_state(&self) -> &'static str {
+        let Some(machine) = &self.machine else { return "inmigrate" };
+        if matches!(self.ownership, Ownership::Moved(_)) {
+            return "postmigrate";
+        }
+        match machine.status() {
+            MachineStatus::Running => "running",
+            MachineStatus::Paused if self.active_move().is_some_and(|current| current.has_paused_guest()) => {
+                "finish-migrate"
+            }
+            MachineStatus::Paused => "paused",
+            MachineStatus::Shutdown | MachineStatus::Stopped => "shutdown",
+            MachineStatus::Faulted => "internal-error",
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! How a move ended, for programs (one JSON object) and for people (its last line, a table).
+
+use std::process::ExitCode;
+
+use godwit_core::progress::{PageCounts, Report, RoundReport};
+use godwit_core::source::SourceOutcome;
+use serde::{Deserialize, Serialize};
+
+/// The kinds of end that a move can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutcomeKind {
+    /// The destination has the machine.
+    Moved,
+    /// A dry run found nothing in the way.
+    WouldMove,
+    /// Preflight refused.
+    Refused,
+    /// It failed; the machine is at the source.
+    Failed,
+    /// It was called off; the machine is at the source.
+    Cancelled,
+    /// Nobody can tell who has the machine.
+    Unknown,
+}
+
+impl OutcomeKind {
+    /// The exit code of the command that asked for the move.
+    pub fn exit_code(self) -> ExitCode {
+        ExitCode::from(match self {
+            OutcomeKind::Moved | OutcomeKind::WouldMove => 0,
+            OutcomeKind::Refused => 3,
+            OutcomeKind::Failed => 4,
+            OutcomeKind::Cancelled => 5,
+            OutcomeKind::Unknown => 6,
+        })
+    }
+}
+
+/// A move that has ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Which of this machine's moves.
+    #[serde(rename = "move")]
+    pub number: u64,
+    /// How it ended.
+    pub outcome: OutcomeKind,
+    /// Where to.
+    pub uri: String,
+    /// What state the guest is in now, and where: one sentence.
+    pub state: String,
+    /// Why it did not succeed: one entry for each reason.
+    pub reasons: Vec<String>,
+    /// From the request to the end.
+    pub total_ms: f64,
+    /// From the request to pause the vCPUs until *running* was heard.
+    pub downtime_ms: Option<f64>,
+    /// Both directions, all channels.
+    pub wire_bytes: u64,
+    /// Rounds after the first pass.
+    pub rounds: u32,
+    /// Pages sent, by encoding.
+    pub pages: PageCounts,
+    /// The pause, step by step.
+    pub steps: Vec<StepTime>,
+    /// Every round, the first pass included.
+    pub round_reports: Vec<RoundReport>,
+    /// What the audit said.
+    pub audit: Option<String>,
+}
+
+/// One step of the pause.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepTime {
+    /// `source` or `destination`.
+    pub end: String,
+    /// What was done.
+    pub name: String,
+    /// How long it took.
+    pub duration_ms: f64,
+}
+
+impl Outcome {
+    /// The outcome of move `number` to `uri`. `here` says how the guest is if it is still at the source.
+    pub fn new(number: u64, uri: &str, outcome: &SourceOutcome, here: &str) -> Self {
+        let none = Report::default();
+        let (kind, reasons, report) = match outcome {
+            SourceOutcome::Moved(report) => (OutcomeKind::Moved, Vec::new(), report),
+            SourceOutcome::WouldMove(report) => (OutcomeKind::WouldMove, Vec::new(), report),
+            SourceOutcome::Refused(refusals) => {
+                (OutcomeKind::Refused, refusals.iter().map(ToString::to_string).collect(), &none)
+            }
+            SourceOutcome::Failed(why, report) => (OutcomeKind::Failed, vec![why.clone()], report),
+            SourceOutcome::Cancelled(report) => (OutcomeKind::Cancelled, Vec::new(), report),
+            SourceOutcome::Unknown(why, report) => (OutcomeKind::Unknown, vec![why.clone()], report),
+        };
+        let state = match kind {
+            OutcomeKind::Moved => format!("the machine is now at {uri}; here it has been stopped for good"),
+            OutcomeKind::Unknown => format!(
+                "the guest is paused here, and {uri} may be running it: find out which, then either `quit` here or, only \
+                 if it does not run there and never will, `resume --take-ownership`"
+            ),
+            _ => format!("the guest is still here, {here}"),
+        };
+        Outcome {
+            number,
+            outcome: kind,
+            uri: uri.to_owned(),
+            state,
+            reasons,
+            total_ms: report.total_ms,
+            downtime_ms: report.downtime_ms,
+            wire_bytes: report.wire_bytes,
+            rounds: report.rounds.iter().map(|round| round.round).max().unwrap_or(0),
+            pages: report.pages,
+            steps: report
+                .steps
+                .iter()
+                .map(|step| StepTime {
+                    end: step.end.to_owned(),
+                    name: step.name.clone(),
+                    duration_ms: step.duration_ms,
+                })
+                .collect(),
+            round_reports: report.rounds.clone(),
+            audit: report.audit.clone(),
+        }
+    }
+
+    /// What it came to, in one line.
+    pub fn headline(&self) -> String {
+        let what = match self.outcome {
+            OutcomeKind::Moved => "moved",
+            OutcomeKind::WouldMove => "nothing is in the way of this move; none was made (--dry-run)",
+            OutcomeKind::Refused => "refused before anything was sent",
+            OutcomeKind::Failed => "the move failed",
+            OutcomeKind::Cancelled => "the move was cancelled",
+            OutcomeKind::Unknown => "UNKNOWN: this needs a person",
+        };
+        format!("{what}: {}", self.state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_core::Refusal;
+
+    use super::*;
+
+    fn outcome(outcome: SourceOutcome) -> Outcome {
+        Outcome::new(1, "tcp://127.0.0.1:7000", &outcome, "running")
+    }
+
+    #[test]
+    fn every_end_says_where_the_guest_is() {
+        let moved = outcome(SourceOutcome::Moved(Report::default()));
+        assert!(moved.headline().contains("now at tcp://127.0.0.1:7000"));
+        let cancelled = outcome(SourceOutcome::Cancelled(Report::default()));
+        assert!(cancelled.headline().contains("still here, running"));
+        let unknown = outcome(SourceOutcome::Unknown("silence".into(), Report::default()));
+        assert!(unknown.headline().contains("paused here"));
+        assert_eq!(unknown.reasons, ["silence"]);
+    }
+
+    #[test]
+    fn every_reason_of_a_refusal_is_kept() {
+        let refusals = vec![Refusal::new("cpu", "no avx2"), Refusal::new("memory", "too little")];
+        assert_eq!(outcome(SourceOutcome::Refused(refusals)).reasons, ["cpu: no avx2", "memory: too little"]);
+    }
+
+    #[test]
+    fn json_is_read_back() {
+        let rounds = vec![RoundReport::default(), RoundReport { round: 1, ..RoundReport::default() }];
+        let moved = outcome(SourceOutcome::Moved(Report { rounds, downtime_ms: Some(1.5), ..Report::default() }));
+        assert_eq!(moved.rounds, 1);
+        let text = serde_json::to_string(&moved).unwrap();
+        assert!(text.contains(r#""outcome":"moved""#));
+        assert_eq!(serde_json::from_str::<Outcome>(&text).unwrap(), moved);
+    }
+}
