@@ -10,6 +10,7 @@
 //! | [`netns`] | network namespaces joined by links that can be slowed, cut and counted |
 //! | [`heartbeat`], [`sampler`] | the gap that a guest's own heartbeat shows |
 //! | [`counters`] | what crossed an interface, and how well a cap was kept |
+//! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`harness`] | tests that say at run time why they cannot run here |
 //! | [`wait`] | waiting for a condition, never longer than a limit |
@@ -21,5 +22,7 @@ pub mod harness;
 pub mod heartbeat;
 pub mod netns;
 pub mod process;
+pub mod qemu;
 pub mod sampler;
 pub mod wait;
+pub mod workload;
