@@ -36,13 +36,15 @@ const CLOCK_SAMPLES: u32 = 5;
 /// The link is first probed with little, so that a slow one is not kept busy for long …
 const FIRST_PROBE_BYTES: u64 = 1 << 20;
 /// … and again with more if it was quick.
-const SECOND_PROBE_BYTES: u64 = 8 << 20;
+const SECOND_PROBE_BYTES: u64 = 4 << 20;
 const QUICK_PROBE: Duration = Duration::from_millis(10);
 /// What copying and hashing leave of a fast link, until a round has measured it: what one core of a small machine
 /// does (docs/performance.md).
 const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
-/// Rounds that sent less say little about the rate.
-const TELLING_ROUND_BYTES: u64 = 4 << 20;
+/// Rounds that sent less say little about the rate …
+const TELLING_ROUND_BYTES: u64 = 256 << 10;
+/// … and as long as none was telling, this is what the pause reckons with: a Gbit/s link.
+const UNMEASURED_BYTES_PER_S: f64 = 125e6;
 /// Messages in sequence between the end of the final pages and *running*: table, ready, commit, running.
 const HANDOVER_TRIPS: u32 = 2;
 
@@ -84,7 +86,10 @@ pub enum Done {
         pause: Duration,
     },
     /// All data channels are open.
-    DataOpened,
+    DataOpened {
+        /// Whether a cap is in force.
+        capped: bool,
+    },
     /// A probe was acknowledged.
     Probed {
         /// What was sent.
@@ -272,7 +277,7 @@ impl SourceControl {
     pub fn new(beginning: Beginning) -> Self {
         let Beginning { options, program, host, running, table_seed, nonce } = beginning;
         let mut control = Self {
-            switchover_bytes_per_s: options.switchover_bandwidth_bytes_per_s.map_or(0.0, |rate| rate as f64),
+            switchover_bytes_per_s: options.switchover_bandwidth_bytes_per_s.map_or(UNMEASURED_BYTES_PER_S, |rate| rate as f64),
             wire_bytes_per_page: 4096.0 + 24.0,
             options,
             program,
@@ -351,7 +356,7 @@ impl SourceControl {
         Some(Duration::from_secs_f64(last.predicted_pause_ms / 1e3))
     }
 
-    /// What the pause can count on, bytes per second; 0 if not known yet.
+    /// What the pause can count on, bytes per second.
     pub fn switchover_bytes_per_s(&self) -> f64 {
         self.switchover_bytes_per_s
     }
@@ -532,9 +537,10 @@ impl SourceControl {
                     rehearsal: sections,
                 })));
             }
-            (Phase::Prepare, Done::DataOpened) => match self.options.switchover_bandwidth_bytes_per_s {
-                Some(_) => self.act(Action::StartLog),
-                None => self.act(Action::Probe(FIRST_PROBE_BYTES)),
+            // Without a cap the rounds themselves measure the link.
+            (Phase::Prepare, Done::DataOpened { capped }) => match self.options.switchover_bandwidth_bytes_per_s {
+                None if capped => self.act(Action::Probe(FIRST_PROBE_BYTES)),
+                _ => self.act(Action::StartLog),
             },
             (Phase::Prepare, Done::Probed { bytes, duration }) => {
                 if duration < QUICK_PROBE && bytes < SECOND_PROBE_BYTES {

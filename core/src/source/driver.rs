@@ -278,7 +278,8 @@ impl Driver {
         match self.try_open_data(token, table_seed) {
             Ok(data) => {
                 self.data = Some(data);
-                self.input(Input::Done(Done::DataOpened));
+                let capped = self.handle.flow.bytes_per_s().is_some();
+                self.input(Input::Done(Done::DataOpened { capped }));
             }
             Err(why) => self.input(Input::Failed(why.to_string())),
         }
