@@ -6,20 +6,23 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`process`] | processes with logs that never outlive their owner |
+//! | [`process`], [`godwit`] | processes with logs; the sender and the receiver |
 //! | [`netns`] | network namespaces joined by links that can be slowed, cut and counted |
 //! | [`heartbeat`], [`sampler`] | the gap that a guest's own heartbeat shows |
 //! | [`counters`] | what crossed an interface, and how well a cap was kept |
 //! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
+//! | [`measure`] | a whole move measured |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`harness`] | tests that say at run time why they cannot run here |
 //! | [`wait`] | waiting for a condition, never longer than a limit |
 
 pub mod clock;
 pub mod counters;
+pub mod godwit;
 pub mod guest_memory;
 pub mod harness;
 pub mod heartbeat;
+pub mod measure;
 pub mod netns;
 pub mod process;
 pub mod qemu;

@@ -79,6 +79,11 @@ pub fn heartbeats(pid: Pid, header_address: u64, vcpus: usize) -> Target {
     }
 }
 
+/// The counters of page writes that belong to these heartbeats.
+pub fn writes(heartbeats: Target) -> Target {
+    Target { address: heartbeats.address - line::HEARTBEAT + line::WRITES, ..heartbeats }
+}
+
 /// Finds the guest's header page in a process that does not say where its guest RAM is (another VMM, or a receiver
 /// while memory still arrives): at the right distance from the start of a large mapping, and known by its magic.
 pub fn find_header(pid: Pid) -> Option<u64> {
