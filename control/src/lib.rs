@@ -6,12 +6,17 @@
 //! | [`keeper`] | keeps a machine, answers the control socket, runs outgoing moves |
 //! | [`parameters`] | the knobs of a move under the names that QMP has for them |
 //! | [`outcome`] | how a move ended, for programs and for people |
+//! | [`display`], [`summary`] | the same for people: while it runs, and when it has ended |
+//! | [`console`] | stdout, stderr, logging: what the programs have in common |
 //! | [`units`] | numbers with their units, as options and files write them |
 
+pub mod console;
+pub mod display;
 pub mod keeper;
 pub mod outcome;
 pub mod parameters;
 pub mod qmp;
+pub mod summary;
 pub mod units;
 
 /// An error and everything that caused it, on one line.

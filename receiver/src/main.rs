@@ -1,2 +1,7 @@
-//! The receiver program.
-fn main() {}
+//! The program `godwit-receiver`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    godwit_receiver::main()
+}

@@ -1,2 +1,7 @@
-//! The sender program.
-fn main() {}
+//! The program `godwit-sender`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    godwit_sender::main()
+}

@@ -1,0 +1,129 @@
+//! A running move for people to watch: a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use godwit_core::progress::{Progress, RoundReport};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::console::say;
+use crate::units::{approximate_bytes, approximate_ms, approximate_rate};
+
+/// Plain lines come this far apart.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Shows how a move gets on, on stderr.
+pub struct Display {
+    /// On a terminal.
+    bar: Option<ProgressBar>,
+    last_line: Option<Instant>,
+}
+
+impl Display {
+    /// A display that shows nothing yet.
+    pub fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{wide_msg}\n[{bar:40}] {percent:>3} % of this round")
+                .unwrap_or_else(|_| ProgressStyle::default_bar())
+                .progress_chars("=> ");
+            ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr()).with_style(style)
+        });
+        Display { bar, last_line: None }
+    }
+
+    /// The move stands here now.
+    pub fn progress(&mut self, progress: &Progress) {
+        let text = progress_text(progress);
+        if let Some(bar) = &self.bar {
+            bar.set_length(progress.total_bytes.max(1));
+            bar.set_position(progress.total_bytes.saturating_sub(progress.remaining_bytes));
+            bar.set_message(text);
+        } else if self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL) {
+            self.last_line = Some(Instant::now());
+            say(text);
+        }
+    }
+
+    /// A round has ended.
+    pub fn round(&self, round: &RoundReport) {
+        self.line(&format!(
+            "round {}: {} sent in {}, {} pages dirty, predicted pause {}",
+            round.round,
+            approximate_bytes(round.wire_bytes as f64),
+            approximate_ms(round.duration_ms),
+            round.dirty_pages,
+            approximate_ms(round.predicted_pause_ms),
+        ));
+    }
+
+    /// A line that stays.
+    pub fn line(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| say(line)),
+            None => say(line),
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Default for Display {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Where a move stands, on one line.
+pub fn progress_text(progress: &Progress) -> String {
+    let phase = progress.phase.map_or_else(|| "starting".to_owned(), |phase| phase.to_string());
+    let mut text = format!(
+        "{phase}, round {}: {} left, {}",
+        progress.round,
+        approximate_bytes(progress.remaining_bytes as f64),
+        approximate_rate(progress.rate_bytes_per_s),
+    );
+    if let Some(cap) = progress.max_bandwidth_bytes_per_s {
+        text += &format!(" (cap {})", approximate_rate(cap as f64));
+    }
+    text += &format!(", guest dirties {:.0} pages/s", progress.dirty_pages_per_s);
+    if let Some(pause_ms) = progress.predicted_pause_ms {
+        text += &format!(", predicted pause {}", approximate_ms(pause_ms));
+    }
+    if let Some(left_ms) = progress.time_left_ms {
+        text += &format!(", {} to go", approximate_ms(left_ms));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_core::Phase;
+
+    use super::*;
+
+    #[test]
+    fn a_line_has_what_a_person_wants_to_know() {
+        let progress = Progress {
+            phase: Some(Phase::Rounds),
+            round: 3,
+            remaining_bytes: 120 << 20,
+            rate_bytes_per_s: 117.6e6,
+            dirty_pages_per_s: 30_000.0,
+            predicted_pause_ms: Some(4.2),
+            time_left_ms: Some(12_345.0),
+            max_bandwidth_bytes_per_s: Some(125_000_000),
+            ..Progress::default()
+        };
+        assert_eq!(
+            progress_text(&progress),
+            "rounds, round 3: 120 MiB left, 941 Mbit/s (cap 1.00 Gbit/s), guest dirties 30000 pages/s, predicted pause \
+             4.2 ms, 12.3 s to go"
+        );
+        assert!(progress_text(&Progress::default()).starts_with("starting"));
+    }
+}

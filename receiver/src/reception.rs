@@ -1,0 +1,89 @@
+//! Takes one machine in, and turns every further peer away by name.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use godwit_control::console::say;
+use godwit_control::keeper::KeeperHandle;
+use godwit_core::Channel;
+use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive, refuse};
+use godwit_core::progress::{Event, Observer};
+use godwit_transport::{DataChannels, Listener, TransportError};
+use godwit_vmm::{HostOptions, KvmHost};
+use serde_json::json;
+
+/// How often it is looked whether the listener is still open.
+const ACCEPT_POLL: Duration = Duration::from_secs(1);
+
+/// What is needed to take a machine in.
+pub(crate) struct Reception {
+    pub(crate) listener: Listener,
+    pub(crate) keeper: KeeperHandle,
+    pub(crate) host: HostOptions,
+    pub(crate) options: DestinationOptions,
+}
+
+impl Reception {
+    /// Receives peers for as long as the process lives.
+    pub(crate) fn run(self: Arc<Self>) -> Result<(), TransportError> {
+        loop {
+            let Some(control) = self.listener.next_control(ACCEPT_POLL)? else { continue };
+            if let Some(busy) = self.keeper.busy_with() {
+                self.turn_away(control, &busy);
+                continue;
+            }
+            // From here on the keeper is busy, so the next peer is turned away.
+            self.keeper.incoming_begins(&control.peer, Arc::clone(&control.hang_up));
+            let data = self.listener.incoming_data();
+            let reception = Arc::clone(&self);
+            let spawned = thread::Builder::new().name("receive".into()).spawn(move || reception.take_in(control, data));
+            if let Err(error) = spawned {
+                self.keeper.incoming_failed(&format!("no thread could be started: {error}"));
+            }
+        }
+    }
+
+    fn turn_away(&self, control: Channel, busy: &str) {
+        let name = &self.options.host_name;
+        let reason = format!("the receiver {} on {name} takes no machine in: {busy}", self.listener.uri());
+        say(format_args!("turned away {}: {busy}", control.peer));
+        refuse(control, &reason);
+    }
+
+    fn take_in(&self, control: Channel, mut data: DataChannels) {
+        let peer = control.peer.clone();
+        say(format_args!("{peer} connects"));
+        let mut host = KvmHost::new(self.host.clone());
+        let observer = Arc::new(IncomingObserver(self.keeper.clone()));
+        match receive(control, &mut data, &mut host, &self.options, observer) {
+            DestinationOutcome::Owned { machine, running, report } => {
+                let machine = machine.into_machine();
+                let name = machine.config().name.clone();
+                if let Err(error) = self.keeper.adopt(machine, true) {
+                    tracing::error!("the machine's own events cannot be heard: {error}");
+                }
+                let state = if running { "runs" } else { "is here, paused" };
+                say(format_args!("the machine `{name}` from {peer} {state}"));
+                self.keeper.publish("GODWIT_ARRIVED", json!({ "name": name, "running": running, "report": report }));
+            }
+            DestinationOutcome::Ended(why) => {
+                say(format_args!("{peer}: {why}; listening again at {}", self.listener.uri()));
+                self.keeper.incoming_failed(&why);
+            }
+        }
+    }
+}
+
+/// Tells the keeper how far a machine has come in.
+struct IncomingObserver(KeeperHandle);
+
+impl Observer for IncomingObserver {
+    fn event(&self, event: Event) {
+        match event {
+            Event::Phase { phase } => self.0.incoming_phase(phase),
+            Event::Round(_) => {}
+            Event::Decision { text } => self.0.publish("GODWIT_DECISION", json!({ "text": text })),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use godwit_control::console::{DEFAULT_NAME, LogArgs, default_control_path};
+use godwit_control::units::{Bandwidth, OrNone, Span};
+use godwit_vmm::workload::Rate;
+
+use crate::machine_args::MachineArgs;
+
+/// Boots a virtual machine, keeps it running, and sends it to another host while it runs.
+#[derive(Debug, Parser)]
+#[command(name = "godwit-sender", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+    /// Write events as JSON on stdout, one a line; text for people goes to stderr
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Boot a machine and keep it until it ends or has moved
+    Run(Box<RunArgs>),
+    #[command(flatten)]
+    Client(ClientVerb),
+}
+
+/// What is asked of a machine that runs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClientVerb {
+    /// Move a machine to where a godwit-receiver listens
+    Migrate(MigrateArgs),
+    /// Tell how a machine is, and its move if there is one
+    Status(StatusArgs),
+    /// Change the cap or the downtime limit, also of a running move
+    Set(SetArgs),
+    /// Call a running move off: the guest runs on at the source
+    Cancel(ControlArgs),
+    /// Let a move go on that waits before the switchover
+    Continue(ControlArgs),
+    /// Pause the guest
+    Pause(ControlArgs),
+    /// Let a paused guest run on
+    Resume(ResumeArgs),
+    /// Announce the guest's addresses on its network interfaces
+    Announce(ControlArgs),
+    /// Ask the guest to power down
+    Powerdown(ControlArgs),
+    /// End the process that keeps the machine, and the guest with it
+    Quit(ControlArgs),
+    /// Print the machine's definition
+    Show(ShowArgs),
+    /// Steer and check the workload guest
+    Guest(GuestArgs),
+    /// Let a move go on that a test holds
+    #[command(hide = true)]
+    Release(ControlArgs),
+}
+
+/// Which machine.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ControlArgs {
+    /// Control socket of the machine [default: /run/godwit/NAME.sock]
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Name of the machine
+    #[arg(long, conflicts_with = "control", default_value = DEFAULT_NAME)]
+    name: String,
+}
+
+impl ControlArgs {
+    pub(crate) fn path(&self) -> PathBuf {
+        self.control.clone().unwrap_or_else(|| default_control_path(&self.name))
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The machine's definition; options win over it
+    #[arg(value_name = "MACHINE.toml")]
+    pub(crate) file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// Where to answer control commands [default: /run/godwit/NAME.sock]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Do not run the guest until `resume`
+    #[arg(long)]
+    pub(crate) paused: bool,
+    /// Let moves that a control client starts go off loopback in clear text
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Write the workload guest as an ELF file that other VMMs boot too, and exit
+    #[arg(long, value_name = "FILE", requires = "guest")]
+    pub(crate) export_elf: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// Where to: tcp://HOST:PORT, quic://HOST:PORT?fp=sha256:HEX or unix:/PATH, as the receiver printed it
+    #[arg(long, value_name = "URI")]
+    pub(crate) to: String,
+    /// Do the whole preflight and no move
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Leave the move running and return at once
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) detach: bool,
+    /// Cap during the rounds: 1Gbit, 500Mbit, 100M/s, none
+    #[arg(long, value_name = "RATE")]
+    pub(crate) max_bandwidth: Option<OrNone<Bandwidth>>,
+    /// Bandwidth to reckon with in the pause [default: measured]
+    #[arg(long, value_name = "RATE")]
+    pub(crate) switchover_bandwidth: Option<OrNone<Bandwidth>>,
+    /// The longest pause to aim for [default: 300ms]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) downtime_limit: Option<Span>,
+    /// The longest that pausing and sending the rest may take before the source resumes [default: 5s]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) pause_timeout: Option<Span>,
+    /// How long to wait for the destination after the handover [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) handover_timeout: Option<Span>,
+    /// Time budget until the pause [default: none]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<OrNone<Span>>,
+    /// Rounds after the first pass before the move counts as stalled [default: 30]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_rounds: Option<u32>,
+    /// What to do when the downtime limit cannot be met [default: abort]
+    #[arg(long, value_name = "ACTION")]
+    pub(crate) on_stall: Option<OnStallArg>,
+    /// Wait for `continue` before the guest is paused
+    #[arg(long)]
+    pub(crate) pause_before_switchover: bool,
+    /// Data channels
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) channels: Option<u16>,
+    /// Compression of pages: auto, none, zstd, zstd:LEVEL
+    #[arg(long, value_name = "HOW")]
+    pub(crate) compress: Option<String>,
+    /// Compare a hash of every page before the destination loads state [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub(crate) verify: Option<Switch>,
+    /// After the handover, hash the stopped source's memory once more against what was sent
+    #[arg(long)]
+    pub(crate) audit: bool,
+    /// Who decides which host owns the machine: `none`, as there is no shared storage without disks
+    #[arg(long, value_name = "none")]
+    pub(crate) ownership: Option<OwnershipArg>,
+    /// Allow clear text off loopback
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// For tests: stop on entering this phase until `release`
+    #[arg(long, hide = true, value_name = "PHASE")]
+    pub(crate) test_hold_at: Option<godwit_core::Phase>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum OnStallArg {
+    /// Give up: the guest runs on at the source
+    Abort,
+    /// Stop the guest all the same and accept the longer pause
+    Force,
+    #[value(hide = true)]
+    Throttle,
+    #[value(hide = true)]
+    Postcopy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum OwnershipArg {
+    /// Nothing but the two ends: after the handover the source waits for the destination's word or a person's
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// Follow a running move to its end; the exit code is that of `migrate`
+    #[arg(long)]
+    pub(crate) watch: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).multiple(true)))]
+pub(crate) struct SetArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// Cap during the rounds: 1Gbit, 500Mbit, 100M/s, none
+    #[arg(long, value_name = "RATE", group = "what")]
+    pub(crate) max_bandwidth: Option<OrNone<Bandwidth>>,
+    /// The longest pause to aim for
+    #[arg(long, value_name = "TIME", group = "what")]
+    pub(crate) downtime_limit: Option<Span>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResumeArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// After a move that ended unknown: I have made sure that the destination does not run the guest and never will
+    #[arg(long)]
+    pub(crate) take_ownership: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// As a MACHINE.toml (the only form there is)
+    #[arg(long)]
+    pub(crate) toml: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GuestArgs {
+    #[command(subcommand)]
+    pub(crate) action: GuestAction,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GuestAction {
+    /// Change how many pages it writes per second, over all its vCPUs
+    Rate {
+        #[command(flatten)]
+        control: ControlArgs,
+        /// Pages per second, or `max`
+        rate: Rate,
+    },
+    /// Check every page of its memory
+    Check(ControlArgs),
+    /// Tell how it is doing
+    Status(ControlArgs),
+}

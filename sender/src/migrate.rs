@@ -1,0 +1,108 @@
+//! `migrate`: asks the process that keeps a machine to send it away, and follows the move.
+
+use std::process::ExitCode;
+
+use godwit_control::console::{out, say};
+use godwit_control::outcome::OutcomeKind;
+use godwit_control::parameters::{Parameters, parse_compression};
+use godwit_control::qmp::{Client, ClientError};
+use godwit_control::units::{Bandwidth, OrNone, Span};
+use godwit_transport::Uri;
+use serde_json::{Value, json};
+
+use crate::Failure;
+use crate::cli::{MigrateArgs, OnStallArg, OwnershipArg, Switch};
+use crate::follow::{OnInterrupt, follow};
+
+/// Moves the machine, or only looks whether it could be moved.
+pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failure> {
+    let uri = checked_uri(args)?;
+    let parameters = parameters(args)?;
+    let mut client = Client::connect(&args.control.path())?;
+    if let Some(OwnershipArg::None) = args.ownership {
+        say(
+            "--ownership none: if the network breaks during the handover, a person decides which host owns the machine",
+        );
+    }
+    let mut request = json!({
+        "uri": uri,
+        "parameters": parameters,
+        "dry-run": args.dry_run,
+        "pause-before-switchover": args.pause_before_switchover,
+    });
+    if let Some(phase) = args.test_hold_at {
+        request["hold-at"] = json!(phase);
+    }
+    let started = match client.execute("x-godwit-migrate", request) {
+        Ok(started) => started,
+        Err(ClientError::Command(error)) => return Ok(refused(&error.to_string(), json)),
+        Err(error) => return Err(error.into()),
+    };
+    let number = started.get("move").and_then(Value::as_u64).unwrap_or(0);
+    if args.detach {
+        say(format_args!("move {number} to {uri} is running; `godwit-sender status --watch` joins it"));
+        if json {
+            out(json!({ "move": number, "uri": uri }));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    Ok(follow(&mut client, number, json, OnInterrupt::Cancel)?.exit_code())
+}
+
+/// The URI in its full form. What can be told to be wrong without asking anybody is a mistake in the command line.
+fn checked_uri(args: &MigrateArgs) -> Result<String, Failure> {
+    let usage = |error: &dyn std::error::Error| Failure::Usage(format!("--to {}: {error}", args.to));
+    let uri: Uri = args.to.parse().map_err(|error| usage(&error))?;
+    let options = godwit_transport::Options { insecure: args.insecure };
+    godwit_transport::connect(&uri, options).map_err(|error| usage(&error))?;
+    Ok(uri.to_string())
+}
+
+fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
+    let on_stall = match args.on_stall {
+        None => None,
+        Some(OnStallArg::Abort) => Some("abort"),
+        Some(OnStallArg::Force) => Some("force"),
+        Some(OnStallArg::Throttle | OnStallArg::Postcopy) => {
+            return Err(Failure::Usage("--on-stall: this version knows `abort` and `force` only".into()));
+        }
+    };
+    if let Some(compress) = &args.compress {
+        parse_compression(compress).map_err(|error| Failure::Usage(format!("--{error}")))?;
+    }
+    Ok(Parameters {
+        max_bandwidth: args.max_bandwidth.map(or_zero),
+        avail_switchover_bandwidth: args.switchover_bandwidth.map(or_zero),
+        downtime_limit: args.downtime_limit.map(whole_ms),
+        multifd_channels: args.channels,
+        compress: args.compress.clone(),
+        pause_timeout: args.pause_timeout.map(whole_ms),
+        handover_timeout: args.handover_timeout.map(whole_ms),
+        timeout: args.timeout.map(|timeout| timeout.0.map_or(0, whole_ms)),
+        max_rounds: args.max_rounds,
+        on_stall: on_stall.map(str::to_owned),
+        verify: args.verify.map(|verify| verify == Switch::On),
+        audit: args.audit.then_some(true),
+        insecure: args.insecure.then_some(true),
+        ..Parameters::default()
+    })
+}
+
+pub(crate) fn or_zero(bandwidth: OrNone<Bandwidth>) -> u64 {
+    bandwidth.0.map_or(0, |bandwidth| bandwidth.bytes_per_s)
+}
+
+/// Rounded up: a time that is not zero must not become "none".
+pub(crate) fn whole_ms(span: Span) -> u64 {
+    u64::try_from(span.0.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+/// The move was not even begun.
+fn refused(why: &str, json: bool) -> ExitCode {
+    say(format_args!("refused: {why}"));
+    say("refused before anything was sent: the guest is as it was");
+    if json {
+        out(json!({ "outcome": OutcomeKind::Refused, "reasons": [why] }));
+    }
+    OutcomeKind::Refused.exit_code()
+}

@@ -1,0 +1,86 @@
+//! `run`: boots a machine and keeps it until it has ended or moved.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use godwit_control::console::{EXIT_INTERNAL, LogArgs, default_control_path, events_to_stdout, out, say};
+use godwit_control::keeper::{End, Keeper};
+use godwit_control::parameters::Settings;
+use godwit_control::qmp::Hub;
+use godwit_control::qmp::socket::ControlSocket;
+use godwit_vmm::config::SerialTarget;
+use godwit_vmm::{BootOptions, Machine, MachineConfig, workload};
+use serde_json::json;
+
+use crate::Failure;
+use crate::cli::RunArgs;
+
+/// Boots the machine and keeps it.
+pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode, Failure> {
+    let config = config(args)?;
+    if let Some(path) = &args.export_elf {
+        return export_elf(&config, path);
+    }
+    let serial_on_stdout = config.serial == SerialTarget::Stdio;
+    if json && serial_on_stdout {
+        return Err(Failure::Usage("--json and --serial stdio both want stdout: choose one".into()));
+    }
+    log.start()?;
+    let control = args.control.clone().unwrap_or_else(|| default_control_path(&config.name));
+    // Before the machine boots: a second one of the same name ends here.
+    let socket = ControlSocket::bind(&control)?;
+    let hub = Hub::new();
+    if json {
+        events_to_stdout(&hub)?;
+    }
+    let machine = Machine::boot(&config, &BootOptions { start_paused: args.paused })
+        .with_context(|| format!("cannot boot the machine `{}`", config.name))?;
+    let settings = Settings { insecure: args.insecure, ..Settings::default() };
+    let keeper = Keeper::start(socket, &config.name, settings, hub.clone())?;
+    keeper.handle().adopt(machine, false)?;
+    let control = control.display();
+    hub.publish(
+        "GODWIT_RUNNING",
+        json!({ "name": config.name, "control": control.to_string(), "pid": std::process::id() }),
+    );
+    let state = if args.paused { "is ready, paused" } else { "runs" };
+    let line = format!("machine `{}` {state}; control socket {control}", config.name);
+    if json || serial_on_stdout {
+        say(line)
+    } else {
+        out(line)
+    }
+    Ok(tell(&keeper.run()))
+}
+
+/// The file with the options laid over it.
+fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
+    let usage = |error: &dyn std::error::Error| Failure::Usage(godwit_control::error_chain(error));
+    let mut config = match &args.file {
+        Some(path) => MachineConfig::from_file(path).map_err(|error| usage(&error))?,
+        None => MachineConfig::default(),
+    };
+    args.machine.apply(&mut config);
+    config.validate().map_err(|error| usage(&error))?;
+    Ok(config)
+}
+
+fn export_elf(config: &MachineConfig, path: &Path) -> Result<ExitCode, Failure> {
+    let writer = config.writer.clone().unwrap_or_default();
+    fs::write(path, workload::elf(&writer)).with_context(|| format!("cannot write {}", path.display()))?;
+    say(format_args!("wrote the workload guest to {}", path.display()));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tell(end: &End) -> ExitCode {
+    let (line, code) = match end {
+        End::Moved(uri) => (format!("the machine has moved to {uri}"), ExitCode::SUCCESS),
+        End::PoweredOff(why) => (format!("the guest has powered off: {why}"), ExitCode::SUCCESS),
+        End::Stopped(why) => (format!("the machine was {why}"), ExitCode::SUCCESS),
+        End::Faulted(text) => (format!("the guest cannot be run on: {text}"), ExitCode::from(EXIT_INTERNAL)),
+    };
+    say(line);
+    code
+}
