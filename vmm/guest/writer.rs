@@ -10,7 +10,7 @@ use super::rules::{GOLDEN, PAGE_WORDS, WordRule, word_index};
 /// # Safety
 /// `page` must point to [`PAGE_WORDS`] words that may be written.
 #[inline(always)]
-pub unsafe fn fill(page: *mut u64, rule: WordRule, page_key: u64) {
+pub(crate) unsafe fn fill(page: *mut u64, rule: WordRule, page_key: u64) {
     for word in 0..PAGE_WORDS {
         // SAFETY: within the page, by the caller's promise.
         unsafe { page.add(word).write_volatile(rule.initial(page_key, word)) };
@@ -22,7 +22,7 @@ pub unsafe fn fill(page: *mut u64, rule: WordRule, page_key: u64) {
 /// # Safety
 /// `page` must point to [`PAGE_WORDS`] words that may be read and written.
 #[inline(always)]
-pub unsafe fn write_word(page: *mut u64, rule: WordRule, page_key: u64) {
+pub(crate) unsafe fn write_word(page: *mut u64, rule: WordRule, page_key: u64) {
     let word = word_index(page_key);
     // SAFETY: `word_index` is below PAGE_WORDS.
     unsafe {
@@ -36,7 +36,7 @@ pub unsafe fn write_word(page: *mut u64, rule: WordRule, page_key: u64) {
 /// # Safety
 /// `page` must point to [`PAGE_WORDS`] words that may be read and written.
 #[inline(always)]
-pub unsafe fn write_page(page: *mut u64, rule: WordRule, page_key: u64) {
+pub(crate) unsafe fn write_page(page: *mut u64, rule: WordRule, page_key: u64) {
     let group_words = 1 << rule.group_shift;
     let mut increment = rule.increment(page_key, 0);
     for group in 0..PAGE_WORDS / group_words {
