@@ -9,14 +9,13 @@ use std::sync::Arc;
 use std::thread;
 
 use clap::Parser;
-use godwit_control::console::{CONTROL_DIRECTORY, EXIT_INTERNAL, EXIT_USAGE, events_to_stdout, host_name, out, say};
+use godwit_control::console::{CONTROL_DIRECTORY, EXIT_INTERNAL, EXIT_USAGE, events_to_stdout, host_name, say};
 use godwit_control::keeper::{End, Keeper};
 use godwit_control::parameters::Settings;
 use godwit_control::qmp::Hub;
 use godwit_control::qmp::socket::ControlSocket;
 use godwit_core::destination::DestinationOptions;
 use godwit_vmm::config::SerialTarget;
-use serde_json::json;
 
 use crate::cli::Cli;
 use crate::reception::Reception;
@@ -47,26 +46,23 @@ fn run(cli: &Cli) -> anyhow::Result<End> {
     let name = format!("receiver-{}", std::process::id());
     let control = cli.control.clone().unwrap_or_else(|| Path::new(CONTROL_DIRECTORY).join(format!("{name}.sock")));
     let settings = Settings { insecure: cli.insecure, ..Settings::default() };
-    let keeper = Keeper::start(ControlSocket::bind(&control)?, &name, settings, hub.clone())?;
+    let keeper = Keeper::start(ControlSocket::bind(&control)?, &name, settings, hub)?;
     let listener = godwit_transport::listen(&cli.listen, godwit_transport::Options { insecure: cli.insecure })?;
-    let uri = listener.uri().to_string();
     let host_name = cli.host_id.clone().unwrap_or_else(host_name);
     let reception = Arc::new(Reception {
         listener,
         keeper: keeper.handle(),
         host: cli.host_options(),
         options: DestinationOptions { hold: cli.hold, host_name, ..DestinationOptions::default() },
+        json: cli.json,
     });
+    say(format_args!("control socket {}", control.display()));
+    reception.say_listening();
     thread::Builder::new().name("reception".into()).spawn(move || {
         if let Err(error) = reception.run() {
             say(format_args!("no machine can come in any more: {error}"));
         }
     })?;
-    say(format_args!("control socket {}", control.display()));
-    hub.publish("LISTENING", json!({ "uri": uri }));
-    if !cli.json {
-        out(format_args!("LISTENING {uri}"));
-    }
     Ok(keeper.run())
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use godwit_control::console::say;
+use godwit_control::console::{out, say};
 use godwit_control::keeper::KeeperHandle;
 use godwit_core::Channel;
 use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive, refuse};
@@ -22,9 +22,20 @@ pub(crate) struct Reception {
     pub(crate) keeper: KeeperHandle,
     pub(crate) host: HostOptions,
     pub(crate) options: DestinationOptions,
+    /// Stdout is for events.
+    pub(crate) json: bool,
 }
 
 impl Reception {
+    /// Says where it listens: when it begins to, and again whenever a machine did not come in.
+    pub(crate) fn say_listening(&self) {
+        let uri = self.listener.uri();
+        self.keeper.publish("LISTENING", json!({ "uri": uri.to_string() }));
+        if !self.json {
+            out(format_args!("LISTENING {uri}"));
+        }
+    }
+
     /// Receives peers for as long as the process lives.
     pub(crate) fn run(self: Arc<Self>) -> Result<(), TransportError> {
         loop {
@@ -68,8 +79,9 @@ impl Reception {
                 self.keeper.publish("GODWIT_ARRIVED", json!({ "name": name, "running": running, "report": report }));
             }
             DestinationOutcome::Ended(why) => {
-                say(format_args!("{peer}: {why}; listening again at {}", self.listener.uri()));
+                say(format_args!("{peer}: {why}; listening again"));
                 self.keeper.incoming_failed(&why);
+                self.say_listening();
             }
         }
     }

@@ -27,7 +27,7 @@ pub(crate) enum Verb {
     /// Boot a machine and keep it until it ends or has moved
     Run(Box<RunArgs>),
     #[command(flatten)]
-    Client(ClientVerb),
+    Client(Box<ClientVerb>),
 }
 
 /// What is asked of a machine that runs.

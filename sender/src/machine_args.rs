@@ -224,7 +224,7 @@ mod tests {
         let config = laid_over("guest = 'writer'\n[writer]\nseed = 9\n", &["--kernel", "/boot/vmlinuz"]);
         assert_eq!((config.guest, config.writer), (None, None));
         let config = laid_over("kernel = '/boot/vmlinuz'\ncmdline = 'quiet'\n", &["--guest", "writer"]);
-        assert_eq!((config.kernel, config.cmdline.as_str()), (None, ""));
+        assert_eq!((config.kernel.as_ref(), config.cmdline.as_str()), (None, ""));
         assert!(config.validate().is_ok());
     }
 
