@@ -216,3 +216,94 @@ fn dialling_nobody_fails_in_time_and_names_the_uri() {
         assert!(error.get_ref().unwrap().is::<DialError>());
     }
 }
+
+/// Passes datagrams both ways between one dialler and a listener until it is cut, and then nothing.
+struct UdpProxy {
+    address: std::net::SocketAddr,
+    cut: std::sync::Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl UdpProxy {
+    fn new(listener: String) -> Self {
+        use std::net::UdpSocket;
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        let (front, back) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        back.connect(listener).unwrap();
+        let address = front.local_addr().unwrap();
+        let cut = Arc::new(AtomicBool::new(false));
+        let (front, back) = (Arc::new(front), Arc::new(back));
+        let client = Arc::new(std::sync::OnceLock::new());
+        thread::spawn({
+            let (front, back, client, cut) = (front.clone(), back.clone(), client.clone(), cut.clone());
+            move || {
+                let mut datagram = [0; 65_536];
+                while let Ok((length, from)) = front.recv_from(&mut datagram) {
+                    client.get_or_init(|| from);
+                    if !cut.load(Ordering::Relaxed) {
+                        let _ = back.send(&datagram[..length]);
+                    }
+                }
+            }
+        });
+        thread::spawn({
+            let cut = cut.clone();
+            move || {
+                let mut datagram = [0; 65_536];
+                while let Ok(length) = back.recv(&mut datagram) {
+                    if !cut.load(Ordering::Relaxed) {
+                        let _ = front.send_to(&datagram[..length], client.get().unwrap());
+                    }
+                }
+            }
+        });
+        Self { address, cut }
+    }
+
+    fn cut(&self) {
+        self.cut.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_silently_cut_quic_link_can_be_hung_up_and_left() {
+    use godwit_transport::limits::QUIC_LINGER_LIMIT;
+    use godwit_transport::{Options, Uri, connect, listen};
+
+    let listener = listen(&"quic://127.0.0.1:0".parse().unwrap(), Options::default()).unwrap();
+    let Uri::Quic { at, fingerprint } = listener.uri().clone() else { panic!() };
+    let through_proxy = || {
+        let proxy = UdpProxy::new(at.to_string());
+        let uri = Uri::Quic { at: proxy.address.into(), fingerprint };
+        let dialled = connect(&uri, Options::default()).unwrap().control(LIMIT).unwrap();
+        (proxy, dialled, listener.next_control(LIMIT).unwrap().unwrap())
+    };
+
+    // A read and a write that wait for the lost peer end at once.
+    let (proxy, mut dialled, mut accepted) = through_proxy();
+    proxy.cut();
+    let hang_up = accepted.hang_up.clone();
+    ends_at_once(move || accepted.reader.read(&mut [0]).unwrap_err(), || hang_up.hang_up());
+    let hang_up = dialled.hang_up.clone();
+    let flood = move || while dialled.writer.write_all(&[0; 65_536]).is_ok() {};
+    ends_at_once(flood, || hang_up.hang_up());
+
+    // Without a hang-up, leaving waits for an acknowledgement, but not for ever.
+    let (proxy, mut dialled, _accepted) = through_proxy();
+    proxy.cut();
+    dialled.writer.write_all(b"last words").unwrap();
+    let since = Instant::now();
+    drop(dialled);
+    let took = since.elapsed();
+    assert!(took >= QUIC_LINGER_LIMIT && took < QUIC_LINGER_LIMIT + AT_ONCE, "took {took:?}");
+
+    // A dial into the void ends at its limit.
+    let proxy = UdpProxy::new(at.to_string());
+    proxy.cut();
+    let uri = Uri::Quic { at: proxy.address.into(), fingerprint };
+    let since = Instant::now();
+    let error = connect(&uri, Options::default()).unwrap().control(Duration::from_millis(300)).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(since.elapsed() < Duration::from_millis(300) + AT_ONCE);
+}

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
-use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use socket2::{Domain, Socket, Type};
 
 use crate::limits::{DEAD_PEER_LIMIT, KEEP_ALIVE_INTERVAL};
@@ -60,7 +60,6 @@ fn common() -> TransportConfig {
         .stream_receive_window(VarInt::from_u32(DATA_WINDOW_BYTES))
         .send_window(super::channel::FIRST_SEND_WINDOW_BYTES)
         .mtu_discovery_config(Some(mtu_discovery))
-        .ack_frequency_config(Some(AckFrequencyConfig::default()))
         .max_idle_timeout(IdleTimeout::try_from(DEAD_PEER_LIMIT).ok())
         .keep_alive_interval(Some(KEEP_ALIVE_INTERVAL));
     config

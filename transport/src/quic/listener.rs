@@ -9,7 +9,7 @@ use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
-use super::runtime::ThreadPerConnection;
+use super::runtime::Drivers;
 use super::{channel::channel, close_code, config, tls};
 use crate::gate::{Gate, refusal_of};
 use crate::limits::{PREAMBLE_LIMIT, PREAMBLES_AT_ONCE};
@@ -30,6 +30,10 @@ pub(crate) struct QuicListener {
 
 impl QuicListener {
     pub(crate) fn start(uri: &Uri, address: SocketAddr, gate: Arc<Gate>) -> Result<Self, TransportError> {
+        Self::start_with(Drivers::for_this_host(), uri, address, gate)
+    }
+
+    fn start_with(drivers: Drivers, uri: &Uri, address: SocketAddr, gate: Arc<Gate>) -> Result<Self, TransportError> {
         let failed = |source| TransportError::Listen { uri: Arc::new(uri.clone()), source };
         let (tls, fingerprint) =
             tls::server().map_err(|error| TransportError::Tls { uri: Arc::new(uri.clone()), source: error })?;
@@ -46,8 +50,7 @@ impl QuicListener {
                 Err(error) => return drop(sender.send(Err(error))),
             };
             runtime.block_on(async {
-                let threads = Arc::new(ThreadPerConnection::default());
-                match Endpoint::new(config::endpoint(), Some(server), socket, threads) {
+                match Endpoint::new(config::endpoint(), Some(server), socket, Arc::new(drivers)) {
                     Ok(endpoint) => {
                         let _ = sender.send(Ok(()));
                         serve(endpoint, gate, stopped).await;
@@ -166,6 +169,48 @@ async fn decide(mut arrival: Arrival, peer: &str, gate: &Gate) {
                 let _ = arrival.send.stopped().await;
             }
             arrival.connection.close(close_code::TURNED_AWAY, b"");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    use godwit_core::Dial;
+
+    use super::super::QuicDial;
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+    const BYTES: usize = 8 << 20;
+
+    /// Whatever the number of this host's cores, both ways of driving connections work.
+    #[test]
+    fn connections_are_driven_together_or_apart() {
+        for spread in [false, true] {
+            let uri: Uri = "quic://127.0.0.1:0".parse().unwrap();
+            let gate = Arc::new(Gate::new());
+            let any = (Ipv4Addr::LOCALHOST, 0).into();
+            let listener = QuicListener::start_with(Drivers::new(spread), &uri, any, gate.clone()).unwrap();
+            let dial = QuicDial::new(uri, vec![listener.address()], listener.fingerprint());
+
+            let channels: Vec<_> =
+                (0..3).map(|_| (dial.control(LIMIT).unwrap(), gate.controls.pop(LIMIT).unwrap())).collect();
+            thread::scope(|scope| {
+                for (mut dialled, mut accepted) in channels {
+                    scope.spawn(move || dialled.writer.write_all(&vec![3; BYTES]).unwrap());
+                    scope.spawn(move || {
+                        let mut buffer = vec![0; 100_000];
+                        let mut sum = 0;
+                        while let read @ 1.. = accepted.reader.read(&mut buffer).unwrap() {
+                            sum += buffer[..read].iter().map(|byte| *byte as usize).sum::<usize>();
+                        }
+                        assert_eq!(sum, 3 * BYTES);
+                    });
+                }
+            });
         }
     }
 }

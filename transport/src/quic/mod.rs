@@ -7,8 +7,9 @@
 //! scale over cores:
 //!
 //! - A dialled channel has its own UDP socket; one thread does all of its work.
-//! - A listener has one UDP socket. One thread receives from it and sorts datagrams by connection; each accepted
-//!   connection decrypts, acknowledges and sends on a thread of its own ([`runtime`]).
+//! - A listener has one UDP socket. One thread receives from it and sorts datagrams by connection. On hosts with
+//!   cores to spare each accepted connection decrypts, acknowledges and sends on a thread of its own; on small hosts
+//!   the receiving thread does that too ([`runtime`]).
 //!
 //! The caller's reads and writes happen on the caller's thread, straight on quinn's streams: the futures they
 //! return are runtime-agnostic, so a thread that blocks just parks ([`park`]). No bytes pass through a queue.
