@@ -210,6 +210,19 @@ impl Node {
         ensure!(ended.code == 0, "the guest's memory is not whole: {ended}");
         ended.last_json()?["pages_checked"].as_u64().context("the check does not say how many pages it checked")
     }
+
+    /// Fails unless every page of the guest is as the guest left it.
+    pub fn ensure_guest_whole(&self, workload: &Workload) -> Result<()> {
+        let (checked, pages) = (self.check_guest()?, workload.pages());
+        ensure!(checked == pages, "{checked} of {pages} pages were checked");
+        Ok(())
+    }
+
+    /// Fails unless the guest works here and is whole, as after a move that came to nothing.
+    pub fn ensure_guest_unharmed(&self, workload: &Workload) -> Result<()> {
+        self.ensure_guest_runs(workload.vcpus)?;
+        self.ensure_guest_whole(workload)
+    }
 }
 
 impl Ended {
@@ -240,11 +253,21 @@ impl Ended {
         serde_json::from_str(line).with_context(|| format!("not JSON: {line}"))
     }
 
-    /// How a move ended, as its last event tells.
+    /// How a move ended.
     pub fn outcome(&self) -> Result<Value> {
-        let events = self.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let outcome = events.filter(|event| event["event"] == "GODWIT_OUTCOME").next_back();
-        outcome.map(|event| event["data"].clone()).with_context(|| format!("no outcome was told: {self}"))
+        let outcome = self.last_json()?;
+        ensure!(outcome["outcome"].is_string(), "no outcome was told: {self}");
+        Ok(outcome)
+    }
+
+    /// Fails unless this was a move, with `--audit`, after which the guest is whole at `destination` and works there.
+    pub fn ensure_moved(self, destination: &Node, workload: &Workload) -> Result<Value> {
+        let outcome = self.ensure_code(0)?.outcome()?;
+        ensure!(outcome["outcome"] == "moved", "{outcome}");
+        ensure!(outcome["audit"].as_str().is_some_and(|audit| audit.starts_with("ok")), "audit: {}", outcome["audit"]);
+        destination.ensure_guest_runs(workload.vcpus)?;
+        destination.ensure_guest_whole(workload)?;
+        Ok(outcome)
     }
 }
 

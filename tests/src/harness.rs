@@ -22,6 +22,8 @@ pub enum Need {
     Root,
     /// QEMU.
     Qemu,
+    /// GNU as and ld.
+    Assembler,
 }
 
 impl Need {
@@ -31,11 +33,13 @@ impl Need {
             Need::Kvm => fs::File::options().read(true).write(true).open("/dev/kvm").is_ok(),
             Need::Root => nix::unistd::geteuid().is_root(),
             Need::Qemu => Command::new("qemu-system-x86_64").arg("--version").output().is_ok(),
+            Need::Assembler => ["as", "ld"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok()),
         };
         let name = match self {
             Need::Kvm => "/dev/kvm",
             Need::Root => "root",
             Need::Qemu => "qemu-system-x86_64",
+            Need::Assembler => "binutils",
         };
         (!there).then_some(name)
     }

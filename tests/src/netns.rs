@@ -133,21 +133,27 @@ impl Hosts {
         self.hosts[first].ip(&["link", "set", &link_name(second), "up"])
     }
 
-    /// Loses every packet between two hosts, while the link looks well: each sends to an address that nobody has.
+    /// Loses every packet from `host` to `to`, while the link looks well: they go to an address that nobody has.
+    pub fn lose(&self, host: usize, to: usize) -> Result<()> {
+        let (address, link) = (self.address(to, host), link_name(to));
+        self.hosts[host].ip(&["neigh", "replace", &address, "lladdr", NOBODY, "nud", "permanent", "dev", &link])
+    }
+
+    /// Ends [`Hosts::lose`].
+    pub fn find(&self, host: usize, to: usize) -> Result<()> {
+        self.hosts[host].ip(&["neigh", "del", &self.address(to, host), "dev", &link_name(to)])
+    }
+
+    /// Loses every packet in both directions.
     pub fn cut(&self, first: usize, second: usize) -> Result<()> {
-        for (host, to) in [(first, second), (second, first)] {
-            let (address, link) = (self.address(to, host), link_name(to));
-            self.hosts[host].ip(&["neigh", "replace", &address, "lladdr", NOBODY, "nud", "permanent", "dev", &link])?;
-        }
-        Ok(())
+        self.lose(first, second)?;
+        self.lose(second, first)
     }
 
     /// Ends [`Hosts::cut`].
     pub fn mend(&self, first: usize, second: usize) -> Result<()> {
-        for (host, to) in [(first, second), (second, first)] {
-            self.hosts[host].ip(&["neigh", "del", &self.address(to, host), "dev", &link_name(to)])?;
-        }
-        Ok(())
+        self.find(first, second)?;
+        self.find(second, first)
     }
 
     fn join(&self, first: usize, second: usize) -> Result<()> {

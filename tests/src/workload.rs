@@ -50,6 +50,13 @@ impl Default for Workload {
 }
 
 impl Workload {
+    /// Pages of RAM.
+    pub fn pages(&self) -> u64 {
+        let (number, unit) = self.memory.split_at(self.memory.len() - 1);
+        let unit_pages = if unit == "G" { 1 << 18 } else { 1 << 8 };
+        number.parse::<u64>().unwrap_or(0) * unit_pages
+    }
+
     /// The options.
     pub fn arguments(&self) -> Vec<String> {
         let pairs = [
@@ -108,6 +115,12 @@ fn large_mapping(line: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_in_pages() {
+        let pages = |memory| Workload { memory, ..Workload::default() }.pages();
+        assert_eq!((pages("256M"), pages("6G")), (65_536, 1_572_864));
+    }
 
     #[test]
     fn only_large_writable_mappings_can_be_ram() {

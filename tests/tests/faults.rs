@@ -1,0 +1,220 @@
+//! What happens when a move is called off, its receiver dies, or its link breaks: in every phase, which are taken from
+//! the engine's own list, so that a new one is tested as soon as it exists.
+//!
+//! Up to *commit* the guest runs on at the source, whole, and a second try to another receiver succeeds. From *commit*
+//! on the source never resumes by itself.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use godwit_core::Phase;
+use godwit_tests::godwit::{Ended, Node};
+use godwit_tests::harness::{self, Need, Scene};
+use godwit_tests::netns::Hosts;
+use godwit_tests::process::Process;
+use godwit_tests::wait;
+use godwit_tests::workload::Workload;
+use serde_json::json;
+
+/// Longer than every limit that ends a broken move.
+const LIMIT: Duration = Duration::from_secs(60);
+
+const WORKLOAD: Workload = Workload {
+    memory: "256M",
+    vcpus: 1,
+    fill: "96M",
+    working_set: "48M",
+    rate: "20000",
+    order: "random",
+    write: "word",
+    contents: "random",
+    seed: 11,
+};
+
+/// Slow enough that there are rounds after the first pass.
+const OPTIONS: [&str; 4] = ["--max-bandwidth", "2Gbit", "--downtime-limit", "15ms"];
+
+fn main() {
+    let mut tests = Vec::new();
+    for &phase in Phase::all().iter().filter(|phase| phase.before_commit()) {
+        let kvm_and_root = [Need::Kvm, Need::Root];
+        tests.push(harness::test(format!("receiver_killed_in_{phase}"), &[Need::Kvm], move |scene| {
+            receiver_killed(scene, phase)
+        }));
+        tests.push(harness::test(format!("link_cut_in_{phase}"), &kvm_and_root, move |scene| link_cut(scene, phase)));
+        tests.push(harness::test(format!("cancelled_in_{phase}"), &[Need::Kvm], move |scene| cancelled(scene, phase)));
+    }
+    tests.extend([
+        harness::test("no_phase_is_left_out", &[], |_| no_phase_is_left_out()),
+        harness::test("receiver_killed_after_commit", &[Need::Kvm], receiver_killed_after_commit),
+        harness::test("running_lost_after_commit", &[Need::Kvm, Need::Root], running_lost_after_commit),
+        harness::test("cancelling_after_commit_is_refused", &[Need::Kvm], cancelling_after_commit_is_refused),
+        harness::test("an_interrupt_of_the_client_cancels", &[Need::Kvm], an_interrupt_of_the_client_cancels),
+        harness::test("link_lost_and_found_in_rounds", &[Need::Kvm, Need::Root], link_lost_and_found_in_rounds),
+    ]);
+    harness::main(tests)
+}
+
+/// Two receivers, on hosts of their own where links are cut.
+struct Try {
+    source: Node,
+    first: Node,
+    second: Node,
+}
+
+impl Try {
+    fn here(scene: &Scene) -> Result<Self> {
+        let listen = "tcp://127.0.0.1:0";
+        Ok(Self {
+            source: Node::sender(scene, "source", None, &WORKLOAD, &[])?,
+            first: Node::receiver(scene, "first", None, listen, &[])?,
+            second: Node::receiver(scene, "second", None, listen, &[])?,
+        })
+    }
+
+    fn on(scene: &Scene, hosts: &Hosts) -> Result<Self> {
+        let receiver = |host: usize, name: &str| {
+            let listen = format!("tcp://{}:0", hosts.address(host, 0));
+            Node::receiver(scene, name, Some(hosts.host(host)), &listen, &["--insecure"])
+        };
+        Ok(Self {
+            source: Node::sender(scene, "source", Some(hosts.host(0)), &WORKLOAD, &[])?,
+            first: receiver(1, "first")?,
+            second: receiver(2, "second")?,
+        })
+    }
+
+    /// Starts the first move and waits until it is held in `phase`.
+    fn hold_at(&self, phase: Phase, more: &[&str]) -> Result<Process> {
+        let name = phase.to_string();
+        let mut options = [&OPTIONS[..], &["--test-hold-at", &name], more].concat();
+        if phase == Phase::PreSwitchover {
+            options.push("--pause-before-switchover");
+        }
+        let command = self.source.start_move(&self.first.uri()?, &options)?;
+        self.source.wait_for_phase(&name, LIMIT)?;
+        if phase.before_commit() && !phase.guest_paused() {
+            self.source.ensure_guest_runs(WORKLOAD.vcpus)?;
+        }
+        Ok(command)
+    }
+
+    fn release(&self) -> Result<()> {
+        self.source.command(&["release"], &[], LIMIT)?.ensure_code(0).map(drop)
+    }
+
+    /// The guest works at the source and is whole, and moves to the second receiver as if nothing had been.
+    fn ensure_second_try_succeeds(&self) -> Result<()> {
+        self.source.ensure_guest_unharmed(&WORKLOAD)?;
+        self.source.move_to(&self.second.uri()?, &OPTIONS, LIMIT)?.ensure_moved(&self.second, &WORKLOAD).map(drop)
+    }
+}
+
+/// A phase that is added without a place in the order would escape the loops above.
+fn no_phase_is_left_out() -> Result<()> {
+    let before = Phase::all().iter().filter(|phase| phase.before_commit()).count();
+    ensure!(before == Phase::all().len() - 2, "all phases but commit and completed come before commit");
+    ensure!(Phase::all().is_sorted());
+    Ok(())
+}
+
+fn receiver_killed(scene: &Scene, phase: Phase) -> Result<()> {
+    let mut set = Try::here(scene)?;
+    let mut command = set.hold_at(phase, &[])?;
+    set.first.process.kill()?;
+    set.release()?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(4)?;
+    set.ensure_second_try_succeeds()
+}
+
+fn link_cut(scene: &Scene, phase: Phase) -> Result<()> {
+    let hosts = Hosts::new(3)?;
+    let set = Try::on(scene, &hosts)?;
+    let mut command = set.hold_at(phase, &[])?;
+    hosts.take_down(0, 1)?;
+    set.release()?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(4)?;
+    set.ensure_second_try_succeeds()
+}
+
+fn cancelled(scene: &Scene, phase: Phase) -> Result<()> {
+    let set = Try::here(scene)?;
+    let mut command = set.hold_at(phase, &[])?;
+    let mut cancel = set.source.start_command(&["cancel"], &[])?;
+    set.release()?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(5)?;
+    Ended::wait(&mut cancel, LIMIT)?.ensure_code(0)?;
+    set.source.ensure_guest_unharmed(&WORKLOAD)?;
+    // The same receiver listens again: *it* was not harmed either.
+    wait::until_true("the receiver listens again", LIMIT, || {
+        Ok(set.first.process.stderr().contains("listening again") || phase == Phase::Connect)
+    })?;
+    set.source.move_to(&set.first.uri()?, &OPTIONS, LIMIT)?.ensure_moved(&set.first, &WORKLOAD).map(drop)
+}
+
+/// With `--ownership none` only a person can know that the destination is dead.
+fn receiver_killed_after_commit(scene: &Scene) -> Result<()> {
+    let mut set = Try::here(scene)?;
+    let mut command = set.hold_at(Phase::Commit, &["--handover-timeout", "2s"])?;
+    set.first.process.kill()?;
+    set.release()?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(6)?;
+    set.source.ensure_guest_stands(WORKLOAD.vcpus)?;
+    ensure!(set.source.process.is_running()?, "the source process must stay");
+    let refused = set.source.command(&["resume"], &[], LIMIT)?;
+    ensure!(refused.code != 0, "a plain resume of a guest that may run elsewhere must be refused: {refused}");
+    set.source.ensure_guest_stands(WORKLOAD.vcpus)?;
+    set.source.command(&["resume"], &["--take-ownership"], LIMIT)?.ensure_code(0)?;
+    set.ensure_second_try_succeeds()
+}
+
+/// *commit* arrives, *running* does not: the destination runs the guest, and the source must not.
+fn running_lost_after_commit(scene: &Scene) -> Result<()> {
+    let hosts = Hosts::new(3)?;
+    let mut set = Try::on(scene, &hosts)?;
+    let mut command = set.hold_at(Phase::Commit, &["--handover-timeout", "3s"])?;
+    hosts.lose(1, 0)?;
+    set.release()?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(6)?;
+    set.first.ensure_guest_unharmed(&WORKLOAD)?;
+    set.source.ensure_guest_stands(WORKLOAD.vcpus)?;
+    ensure!(set.source.process.is_running()?);
+    hosts.find(1, 0)?;
+    set.source.ensure_guest_stands(WORKLOAD.vcpus)?;
+    set.first.ensure_guest_runs(WORKLOAD.vcpus)
+}
+
+fn cancelling_after_commit_is_refused(scene: &Scene) -> Result<()> {
+    let set = Try::here(scene)?;
+    let mut command = set.hold_at(Phase::Commit, &[])?;
+    let refused = set.source.qmp()?.execute("migrate_cancel", json!({}));
+    let error = refused.err().map(|error| error.to_string()).unwrap_or_default();
+    let (address, _) = set.first.uri()?.rsplit_once(':').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap_or_default();
+    ensure!(error.contains("too late"), "cancelling after commit: `{error}`");
+    ensure!(error.contains("handed over to"), "it does not say who has the guest ({address}): `{error}`");
+    set.release()?;
+    Ended::wait(&mut command, LIMIT)?.ensure_moved(&set.first, &WORKLOAD).map(drop)
+}
+
+fn an_interrupt_of_the_client_cancels(scene: &Scene) -> Result<()> {
+    let set = Try::here(scene)?;
+    let slow = ["--max-bandwidth", "50Mbit", "--downtime-limit", "1ms"];
+    let mut command = set.source.start_move(&set.first.uri()?, &slow)?;
+    set.source.wait_for_phase("first-pass", LIMIT)?;
+    command.signal(nix::sys::signal::Signal::SIGINT)?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(5)?;
+    set.ensure_second_try_succeeds()
+}
+
+/// A short break heals by itself: TCP sends again what was lost.
+fn link_lost_and_found_in_rounds(scene: &Scene) -> Result<()> {
+    let hosts = Hosts::new(3)?;
+    let set = Try::on(scene, &hosts)?;
+    let slow = ["--max-bandwidth", "500Mbit"];
+    let mut command = set.source.start_move(&set.first.uri()?, &slow)?;
+    set.source.wait_for_phase("first-pass", LIMIT)?;
+    hosts.cut(0, 1)?;
+    set.source.ensure_guest_runs(WORKLOAD.vcpus)?;
+    hosts.mend(0, 1)?;
+    Ended::wait(&mut command, LIMIT)?.ensure_moved(&set.first, &WORKLOAD).map(drop)
+}
