@@ -70,7 +70,7 @@ fn tell(end: &End) -> ExitCode {
     let (line, code) = match end {
         End::Moved(uri) => (format!("the machine has moved on to {uri}"), ExitCode::SUCCESS),
         End::PoweredOff(why) => (format!("the guest has powered off: {why}"), ExitCode::SUCCESS),
-        End::Stopped(why) => (why.clone(), ExitCode::SUCCESS),
+        End::Stopped(cause) => (cause.to_string(), ExitCode::SUCCESS),
         End::Faulted(text) => (format!("the guest cannot be run on: {text}"), ExitCode::from(EXIT_INTERNAL)),
     };
     say(line);

@@ -78,7 +78,7 @@ fn tell(end: &End) -> ExitCode {
     let (line, code) = match end {
         End::Moved(uri) => (format!("the machine has moved to {uri}"), ExitCode::SUCCESS),
         End::PoweredOff(why) => (format!("the guest has powered off: {why}"), ExitCode::SUCCESS),
-        End::Stopped(why) => (format!("the machine was {why}"), ExitCode::SUCCESS),
+        End::Stopped(cause) => (format!("the machine was {cause}"), ExitCode::SUCCESS),
         End::Faulted(text) => (format!("the guest cannot be run on: {text}"), ExitCode::from(EXIT_INTERNAL)),
     };
     say(line);

@@ -16,7 +16,7 @@ use crate::qmp::message::{arguments, version};
 use crate::qmp::{Answer, Arguments, Handler, QmpError};
 
 /// How long `stop` may take.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Bytes that `pmemsave` writes at a time.
 const SAVE_BUFFER_BYTES: usize = 1 << 20;

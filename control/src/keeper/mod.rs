@@ -18,6 +18,7 @@ mod move_commands;
 mod moves;
 mod state;
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -57,8 +58,26 @@ pub enum End {
     PoweredOff(String),
     /// The guest could not be run on.
     Faulted(String),
-    /// A client or a signal asked for it. What became of the guest.
-    Stopped(String),
+    /// Somebody asked for it.
+    Stopped(StopCause),
+}
+
+/// Who asked for the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopCause {
+    /// A client of the control socket.
+    Client,
+    /// SIGTERM or SIGINT.
+    Signal,
+}
+
+impl fmt::Display for StopCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StopCause::Client => "stopped, as a client of the control socket asked",
+            StopCause::Signal => "stopped, as a signal asked",
+        })
+    }
 }
 
 /// Keeps one machine, or waits for it.
@@ -95,7 +114,7 @@ impl Keeper {
     pub fn run(mut self) -> End {
         let end = loop {
             // The keeper itself holds a sender: this cannot fail.
-            let Ok(wake) = self.wakes.recv() else { break End::Stopped("nobody is left to ask for anything".into()) };
+            let Ok(wake) = self.wakes.recv() else { break End::Stopped(StopCause::Client) };
             if let Some(end) = self.woken(wake) {
                 break end;
             }
@@ -108,12 +127,12 @@ impl Keeper {
         match wake {
             Wake::Machine(event) => self.machine_event(event),
             Wake::MoveEnded => self.move_ended(),
-            Wake::Quit => self.asked_to_end("stopped, as a client of the control socket asked"),
+            Wake::Quit => self.asked_to_end(StopCause::Client),
             Wake::Signal => {
                 if self.shared.state().machine.is_some() && self.pending.is_none() {
                     tracing::warn!("the machine has no ACPI power button yet: the guest is stopped, not powered down");
                 }
-                self.asked_to_end("stopped, as a signal asked")
+                self.asked_to_end(StopCause::Signal)
             }
         }
     }
@@ -141,9 +160,9 @@ impl Keeper {
 
     /// The first time, a running move is called off and its end awaited; the second time there is no waiting unless
     /// the machine is being handed over.
-    fn asked_to_end(&mut self, why: &str) -> Option<End> {
+    fn asked_to_end(&mut self, cause: StopCause) -> Option<End> {
         let impatient = self.pending.is_some();
-        let end = self.end_when_settled(End::Stopped(why.to_owned()));
+        let end = self.end_when_settled(End::Stopped(cause));
         match end {
             None if impatient && !self.shared.is_handing_over() => self.pending.take(),
             end => end,
@@ -169,7 +188,8 @@ impl Keeper {
                 hub.publish("GODWIT_FAULT", json!({ "text": text }));
                 hub.publish("SHUTDOWN", shutdown(true, "guest-panic"));
             }
-            End::Stopped(_) => hub.publish("SHUTDOWN", shutdown(false, "host-qmp-quit")),
+            End::Stopped(StopCause::Client) => hub.publish("SHUTDOWN", shutdown(false, "host-qmp-quit")),
+            End::Stopped(StopCause::Signal) => hub.publish("SHUTDOWN", shutdown(false, "host-signal")),
         }
         let machine = self.shared.state().machine.clone();
         if let Some(machine) = machine {
