@@ -22,6 +22,8 @@ use crate::view::MemoryView;
 
 /// How long the source may take to open its data channels once it was told to.
 const OPEN_DATA_LIMIT: Duration = Duration::from_secs(10);
+/// How long the source may take to close once it has been told that the move is over.
+const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
 /// How often silence is looked at.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -40,6 +42,7 @@ pub struct Driver<'a, H: DestinationHost> {
     shared: Option<Arc<Shared>>,
     workers: Vec<JoinHandle<()>>,
     hang_ups: Vec<Arc<dyn HangUp>>,
+    link_lost: bool,
     began: Instant,
     report: Report,
 }
@@ -75,6 +78,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             shared: None,
             workers: Vec::new(),
             hang_ups: Vec::new(),
+            link_lost: false,
             began: Instant::now(),
             report: Report::default(),
         })
@@ -91,10 +95,14 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 }
             }
             match self.inputs.recv_timeout(TICK) {
-                Ok(input) => self.control.handle(input),
+                Ok(input) => {
+                    self.link_lost |= matches!(input, Input::LinkLost(_));
+                    self.control.handle(input);
+                }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
             if self.link.silence() > self.silence_limit {
+                self.link_lost = true;
                 let why = format!("nothing was heard from it for {:?}", self.silence_limit);
                 self.control.handle(Input::LinkLost(why));
             }
@@ -152,8 +160,9 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             *realtime_ns = realtime.as_nanos() as i64;
         }
+        // A failure to send is left to the reading side to report: what the peer said last may still be in the socket.
         if let Err(error) = self.link.send(&message) {
-            self.control.handle(Input::LinkLost(format!("cannot send {}: {error}", message.name())));
+            tracing::debug!("cannot send {}: {error}", message.name());
         }
     }
 
@@ -226,6 +235,14 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     fn give_up(mut self, why: String) -> DestinationOutcome<H::Machine> {
         self.link.finish();
         self.join();
+        // The peer is given a moment to hear why and close, before the link is closed under it.
+        let deadline = Instant::now() + LAST_WORD_LIMIT;
+        while !self.link_lost {
+            match self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Input::LinkLost(_)) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
         self.link.hang_up();
         DestinationOutcome::Ended(why)
     }

@@ -4,11 +4,11 @@ mod control;
 mod driver;
 mod worker;
 
-use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use self::driver::Driver;
+use crate::link::ControlLink;
 
 use crate::channel::{Channel, IncomingData};
 use crate::machine::DestinationHost;
@@ -63,12 +63,22 @@ pub fn receive<H: DestinationHost>(
     }
 }
 
-/// Tells a peer that opened a control channel why nobody takes its machine in, and hangs up.
-pub fn refuse(mut control: Channel, reason: &str) {
-    let told = Message::Abort(reason.into()).encode().map_err(io::Error::other);
-    let told = told.and_then(|frame| control.writer.write_all(&frame)).and_then(|()| control.writer.finish());
-    if let Err(error) = told {
-        tracing::debug!("{} could not be told why it is turned away: {error}", control.peer);
+/// How long a peer may take to introduce itself before it is told that nobody takes its machine in, and to hear it.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Tells a peer that opened a control channel why nobody takes its machine in, and hangs up. Blocks for a few seconds at most.
+pub fn refuse(control: Channel, reason: &str) {
+    let (tell, hear) = mpsc::channel();
+    let deadline = Instant::now() + REFUSAL_LIMIT;
+    let heard = move |message: Result<Message, String>| drop(tell.send(message.is_ok()));
+    let Ok(link) = ControlLink::start(control, heard) else { return };
+    let wait = || hear.recv_timeout(deadline.saturating_duration_since(Instant::now())).unwrap_or(false);
+    // Its first message is read before the answer: closing a connection with unread bytes in it could take the answer away.
+    if wait()
+        && let Ok(()) = link.send(&Message::Abort(reason.into()))
+    {
+        link.finish();
+        while wait() {}
     }
-    control.hang_up.hang_up();
+    link.hang_up();
 }

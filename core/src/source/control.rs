@@ -277,7 +277,9 @@ impl SourceControl {
     pub fn new(beginning: Beginning) -> Self {
         let Beginning { options, program, host, running, table_seed, nonce } = beginning;
         let mut control = Self {
-            switchover_bytes_per_s: options.switchover_bandwidth_bytes_per_s.map_or(UNMEASURED_BYTES_PER_S, |rate| rate as f64),
+            switchover_bytes_per_s: options
+                .switchover_bandwidth_bytes_per_s
+                .map_or(UNMEASURED_BYTES_PER_S, |rate| rate as f64),
             wire_bytes_per_page: 4096.0 + 24.0,
             options,
             program,

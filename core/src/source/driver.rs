@@ -30,6 +30,8 @@ use crate::view::MemoryView;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// A peer that says nothing for this long is taken for lost: pings come every second.
 const SILENCE_LIMIT: Duration = Duration::from_secs(8);
+/// How long the peer may take to close once it has been told that the move is over.
+const LAST_WORD_LIMIT: Duration = Duration::from_millis(500);
 /// How often silence and deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -60,6 +62,7 @@ pub struct Driver {
     sender: Sender<Event>,
     jobs: Sender<Job>,
     silence_told: bool,
+    link_lost: bool,
     data: Option<Data>,
     round: Option<Round>,
     verify: bool,
@@ -112,6 +115,7 @@ impl Driver {
             sender,
             jobs,
             silence_told: false,
+            link_lost: false,
             data: None,
             round: None,
         }
@@ -158,11 +162,14 @@ impl Driver {
                     self.input(Input::Done(Done::Probed { bytes, duration: began.elapsed() }));
                 }
             }
-            Event::Input(input) => self.input(input),
+            Event::Input(input) => {
+                self.link_lost |= matches!(input, Input::LinkLost(_));
+                self.input(input);
+            }
             Event::Worker(report) => self.worker(report),
             Event::Cancel(answer) => {
                 let allowed = self.control.may_cancel();
-                // Nobody waits for the answer any more: cancel all the same.
+                // Whether anybody still waits for the answer makes no difference.
                 let _ = answer.send(allowed.clone());
                 if allowed.is_ok() {
                     self.input(Input::Cancel);
@@ -175,6 +182,7 @@ impl Driver {
         let silence = self.handle.link().map(|link| link.silence());
         if !self.silence_told && silence.is_some_and(|silence| silence > SILENCE_LIMIT) {
             self.silence_told = true;
+            self.link_lost = true;
             self.input(Input::LinkLost(format!("nothing was heard from it for {SILENCE_LIMIT:?}")));
         }
     }
@@ -228,12 +236,13 @@ impl Driver {
             let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             self.control.clock_asked(self.handle.flow.now(), realtime.as_nanos() as i64);
         }
-        let last = matches!(message, Message::Abort(_));
-        match link.send(&message) {
-            Ok(()) if last => link.finish(),
-            Ok(()) => {}
-            Err(_) if last => {}
-            Err(error) => self.input(Input::LinkLost(format!("cannot send {}: {error}", message.name()))),
+        // A failure to send is left to the reading side to report: what the peer said last may still be in the socket, and
+        // says why. If nothing comes from there either, the silence is noticed.
+        if let Err(error) = link.send(&message) {
+            tracing::debug!("cannot send {}: {error}", message.name());
+        }
+        if let Message::Abort(_) = message {
+            link.finish();
         }
     }
 
@@ -429,13 +438,24 @@ impl Driver {
         for hang_up in self.data.iter().flat_map(|data| &data.hang_ups) {
             hang_up.hang_up();
         }
-        if let Some(link) = self.handle.link() {
-            link.hang_up();
+    }
+
+    /// Gives the peer a moment to hear the last word and close, before the control link is closed under it.
+    fn close_link(&mut self) {
+        let Some(link) = self.handle.link() else { return };
+        let deadline = Instant::now() + LAST_WORD_LIMIT;
+        while !self.link_lost {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Input(Input::LinkLost(_))) | Err(_) => break,
+                Ok(Event::Cancel(answer)) => drop(answer.send(Err(CancelError::Ended))),
+                Ok(_) => {}
+            }
         }
+        link.hang_up();
     }
 
     fn restore(&mut self, resume: bool) {
-        let workers = self.data.as_mut().map(|data| std::mem::take(&mut data.workers)).unwrap_or_default();
+        let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
         let logging = self.data.is_some();
         let events = self.sender.clone();
         let machine = Arc::clone(&self.machine);
@@ -455,17 +475,28 @@ impl Driver {
 
     fn end(mut self, mut outcome: SourceOutcome) {
         self.hang_up();
-        if let Some(data) = &mut self.data {
-            data.orders.clear();
-            data.workers.drain(..).for_each(|worker| drop(worker.join()));
-        }
+        let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
+        workers.into_iter().for_each(|worker| drop(worker.join()));
         if let SourceOutcome::Moved(_) | SourceOutcome::Unknown(..) = outcome
             && let Err(error) = self.machine.dirty_log().stop()
         {
             tracing::warn!("cannot stop the dirty log of the machine that has moved: {error}");
         }
+        if !matches!(outcome, SourceOutcome::Moved(_)) {
+            self.close_link();
+        } else if let Some(link) = self.handle.link() {
+            link.hang_up();
+        }
         SourceControl::complete(&mut outcome, self.handle.wire_bytes(), self.handle.flow.pages());
         self.handle.ended(outcome);
+    }
+}
+
+impl Data {
+    /// Lets the workers end: there will be no more orders. They are to be joined.
+    fn dismiss(&mut self) -> Vec<JoinHandle<()>> {
+        self.orders.clear();
+        std::mem::take(&mut self.workers)
     }
 }
 
