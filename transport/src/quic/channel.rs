@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,7 @@ const FAREWELL_LIMIT: Duration = Duration::from_millis(20);
 
 /// Makes a channel of an established connection and its only stream.
 pub(super) fn channel(connection: Connection, send: SendStream, receive: RecvStream, peer: String) -> Channel {
-    let link = Arc::new(Link { connection, hung_up: AtomicBool::new(false) });
+    let link = Arc::new(Link::new(connection));
     Channel {
         hang_up: Arc::new(QuicHangUp(Arc::downgrade(&link))),
         reader: Box::new(QuicReader::new(receive, Arc::clone(&link))),
@@ -49,21 +49,39 @@ pub(super) fn channel(connection: Connection, send: SendStream, receive: RecvStr
 struct Link {
     connection: Connection,
     hung_up: AtomicBool,
+    /// Set by the first close: how many datagrams had been sent, if the connection was alive until then.
+    closed_after: OnceLock<Option<u64>>,
 }
 
 impl Link {
+    fn new(connection: Connection) -> Self {
+        Self { connection, hung_up: AtomicBool::new(false), closed_after: OnceLock::new() }
+    }
+
     fn check(&self) -> io::Result<()> {
         if self.hung_up.load(Ordering::Acquire) { Err(hung_up_error()) } else { Ok(()) }
+    }
+
+    fn datagrams_sent(&self) -> u64 {
+        self.connection.stats().udp_tx.datagrams
+    }
+
+    fn close(&self) -> Option<u64> {
+        *self.closed_after.get_or_init(|| {
+            let sent = self.connection.close_reason().is_none().then(|| self.datagrams_sent());
+            self.connection.close(close_code::CLOSED, b"");
+            sent
+        })
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.connection.close(close_code::CLOSED, b"");
-        // The driver sends the close, on its own thread. If the process ends before, the peer must wait for its
-        // idle timeout to learn that we are gone.
+        let Some(sent_before) = self.close() else { return };
+        // The connection's driver sends the close, on its thread. If the process ended before that, the peer would
+        // have to wait for its idle timeout to learn that we are gone.
         let deadline = Instant::now() + FAREWELL_LIMIT;
-        while self.connection.stats().frame_tx.connection_close == 0 && Instant::now() < deadline {
+        while self.datagrams_sent() == sent_before && Instant::now() < deadline {
             thread::sleep(Duration::from_micros(50));
         }
     }
@@ -221,7 +239,7 @@ impl HangUp for QuicHangUp {
     fn hang_up(&self) {
         if let Some(link) = self.0.upgrade() {
             link.hung_up.store(true, Ordering::Release);
-            link.connection.close(close_code::CLOSED, b"");
+            link.close();
         }
     }
 }
