@@ -96,6 +96,18 @@ impl VmmError {
 
 impl From<VmmError> for MachineError {
     fn from(error: VmmError) -> Self {
-        MachineError::with_source("the machine", error)
+        MachineError::new(chain(&error))
     }
+}
+
+/// An error and what caused it, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

@@ -1,13 +1,19 @@
 //! A machine that is being taken in.
 
+mod facts;
+
 use std::path::PathBuf;
 
 use godwit_core::{
     DestinationHost, DestinationMachine, GuestMemory, LoadContext, MachineDescription, MachineError, Refusal, Section,
+    SourceMachine,
 };
 
-use crate::config::SerialTarget;
-use crate::machine::Machine;
+use crate::config::{MachineConfig, SerialTarget};
+use crate::description::Described;
+use crate::machine::{BootFiles, Machine};
+use crate::preflight;
+use crate::state;
 
 /// What this host lets an incoming machine use. Nothing else that the peer names is touched.
 #[derive(Debug, Clone, Default)]
@@ -39,18 +45,37 @@ impl KvmHost {
 impl DestinationHost for KvmHost {
     type Machine = IncomingMachine;
 
-    fn check(&mut self, _description: &MachineDescription) -> Vec<Refusal> {
-        Vec::new()
+    fn check(&mut self, description: &MachineDescription) -> Vec<Refusal> {
+        let mut refusals: Vec<_> = state::unusable(&description.sections, description.vcpus)
+            .into_iter()
+            .map(|reason| Refusal::new("state", reason))
+            .collect();
+        if let Err(reason) = facts::check_serial(&self.options.serial) {
+            refusals.push(Refusal::new("serial", reason));
+        }
+        match Described::read(description) {
+            Err(reason) => refusals.push(Refusal::new("machine", reason)),
+            Ok(machine) => match facts::gather(&machine, &self.options) {
+                Err(mut lacking) => refusals.append(&mut lacking),
+                Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
+            },
+        }
+        refusals
     }
 
-    fn prepare(&mut self, _description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
-        unimplemented!()
+    fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
+        let Described { config, identity } = Described::read(description).map_err(MachineError::new)?;
+        let config = MachineConfig { serial: self.options.serial.clone(), ..config };
+        let boot_files = BootFiles::Under(self.options.boot_file_dirs.clone());
+        let machine = Machine::build(&config, Some(identity), boot_files)?;
+        Ok(IncomingMachine { machine, loaded: false })
     }
 }
 
 /// A machine that is being filled with another one's memory and state.
 pub struct IncomingMachine {
     machine: Machine,
+    loaded: bool,
 }
 
 impl IncomingMachine {
@@ -62,14 +87,20 @@ impl IncomingMachine {
 
 impl DestinationMachine for IncomingMachine {
     fn memory(&self) -> GuestMemory {
-        unimplemented!()
+        self.machine.memory()
     }
 
-    fn load(&mut self, _sections: &[Section], _context: &LoadContext) -> Result<(), MachineError> {
-        unimplemented!()
+    fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<(), MachineError> {
+        self.loaded = false;
+        self.machine.load(sections, context)?;
+        self.loaded = true;
+        Ok(())
     }
 
     fn start(&mut self) -> Result<(), MachineError> {
-        unimplemented!()
+        if !self.loaded {
+            return Err(MachineError::new("a machine without state cannot be started"));
+        }
+        self.machine.resume()
     }
 }

@@ -10,11 +10,22 @@
 //! | [`incoming`] | a machine that is being taken in |
 //! | [`workload`] | the guest that rewrites memory at a chosen rate, and its check |
 
+mod boot;
+mod chips;
+mod clock;
 pub mod config;
+mod cpuid;
+mod description;
+mod devices;
 pub mod error;
 pub mod incoming;
+mod kvm;
 pub mod machine;
 mod memory;
+mod preflight;
+mod state;
+mod sync;
+mod vcpu;
 pub mod workload;
 
 pub use config::{ConfigError, MachineConfig};

@@ -1,15 +1,43 @@
 //! A machine that exists here.
+//!
+//! ```text
+//!            boot                    resume
+//!   (nothing) ───► paused ◄──────────────────────► running ───► shut down   (the guest's end)
+//!   (a peer)  ───►                   pause            │    └──► faulted     (KVM's or ours)
+//!            prepare, load                            └─ reset: booted again, in place
+//!   any of them ───► stopped   (its threads have ended)
+//! ```
+//!
+//! Whatever concerns all vCPUs at once (pause, resume, save, load, reset) holds one lock, on whatever thread it is done.
+//! What a vCPU finds out by itself goes as a notice to the machine's own thread.
+
+mod build;
+mod control;
+mod events;
+mod persist;
+mod reset;
+mod throttle;
 
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use godwit_core::{DirtyLog, GuestMemory, MachineDescription, MachineError, Section, SourceMachine};
+use godwit_core::{DirtyLog, GuestMemory, LoadContext, MachineDescription, MachineError, Section, SourceMachine};
 
+use self::events::{Life, Subscribers};
+pub(crate) use self::reset::BootFiles;
+use self::reset::PowerOn;
+use self::throttle::Throttle;
 use crate::config::MachineConfig;
+use crate::description::{Identity, describe};
+use crate::devices::Devices;
 use crate::error::VmmError;
-use crate::memory::RamRegion;
+use crate::kvm::{KvmDirtyLog, Vm};
+use crate::memory::{Ram, RamRegion};
+use crate::sync::lock;
+use crate::vcpu::Vcpu;
 
 /// How to boot.
 #[derive(Debug, Clone, Default)]
@@ -59,89 +87,124 @@ pub struct CpuInfo {
     pub thread_id: i32,
 }
 
-/// A machine that exists here. Cheap to clone; the last clone that is dropped stops it.
+/// A machine that exists here. Cheap to clone; when the last clone is dropped it is stopped.
 #[derive(Clone)]
 pub struct Machine {
-    _inner: Arc<()>,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: MachineConfig,
+    identity: Identity,
+    power_on: PowerOn,
+    boot_files: BootFiles,
+    vm: Arc<Vm>,
+    ram: Ram,
+    dirty_log: KvmDirtyLog,
+    devices: Arc<Devices>,
+    vcpus: Arc<[Vcpu]>,
+    throttle: Throttle,
+    life: Arc<Mutex<Life>>,
+    subscribers: Subscribers,
+    /// Held by whatever concerns all vCPUs at once.
+    whole: Mutex<()>,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Machine {
     /// Builds a machine and starts it, unless told not to.
-    pub fn boot(_config: &MachineConfig, _options: &BootOptions) -> Result<Self, VmmError> {
-        Err(VmmError::Missing("everything"))
+    pub fn boot(config: &MachineConfig, options: &BootOptions) -> Result<Self, VmmError> {
+        config.validate()?;
+        let machine = Self::build(config, None, BootFiles::Any)?;
+        machine.inner.load_boot_image()?;
+        if !options.start_paused {
+            machine.inner.resume()?;
+        }
+        Ok(machine)
     }
 
     /// Its definition.
     pub fn config(&self) -> &MachineConfig {
-        unimplemented!()
+        &self.inner.config
     }
 
     /// Whether it runs.
     pub fn status(&self) -> MachineStatus {
-        unimplemented!()
+        lock(&self.inner.life).status()
     }
 
     /// Its RAM.
     pub fn ram(&self) -> Vec<RamRegion> {
-        unimplemented!()
+        self.inner.ram.regions()
     }
 
     /// Its vCPUs.
     pub fn cpus(&self) -> Vec<CpuInfo> {
-        unimplemented!()
+        self.inner.vcpus.iter().map(|vcpu| CpuInfo { index: vcpu.id(), thread_id: vcpu.thread_id() }).collect()
     }
 
     /// Guest memory from `guest_address` on, which must all be RAM. While the guest runs, a snapshot of no instant.
-    pub fn read_memory(&self, _guest_address: u64, _length: usize) -> Result<Vec<u8>, VmmError> {
-        unimplemented!()
+    pub fn read_memory(&self, guest_address: u64, length: usize) -> Result<Vec<u8>, VmmError> {
+        self.inner.ram.read(guest_address, length)
     }
 
     /// The same, into a writer (`pmemsave`).
-    pub fn write_memory_to(&self, _guest_address: u64, _length: u64, _to: &mut dyn Write) -> Result<(), VmmError> {
-        unimplemented!()
+    pub fn write_memory_to(&self, guest_address: u64, length: u64, to: &mut dyn Write) -> Result<(), VmmError> {
+        self.inner.ram.write_to(guest_address, length, to)
     }
 
     /// What it does by itself from here on. A shutdown or fault that has already happened is told again.
     pub fn events(&self) -> Receiver<MachineEvent> {
-        unimplemented!()
+        self.inner.subscribers.subscribe()
     }
 
     /// Stops it for good and waits until its threads have ended. Stopping a stopped machine does nothing.
     pub fn stop(&self) {
-        unimplemented!()
+        self.inner.stop();
+    }
+
+    /// Loads state into a machine that has not run yet.
+    pub(crate) fn load(&self, sections: &[Section], context: &LoadContext) -> Result<(), VmmError> {
+        self.inner.load(sections, context)
     }
 }
 
 impl SourceMachine for Machine {
     fn describe(&self) -> Result<MachineDescription, MachineError> {
-        unimplemented!()
+        Ok(describe(&self.inner.config, &self.inner.identity)?)
     }
 
     fn memory(&self) -> GuestMemory {
-        unimplemented!()
+        self.inner.ram.guest().clone()
     }
 
     fn dirty_log(&self) -> &dyn DirtyLog {
-        unimplemented!()
+        &self.inner.dirty_log
     }
 
     fn is_running(&self) -> bool {
-        unimplemented!()
+        self.status() == MachineStatus::Running
     }
 
-    fn pause(&self, _limit: Duration) -> Result<(), MachineError> {
-        unimplemented!()
+    fn pause(&self, limit: Duration) -> Result<(), MachineError> {
+        Ok(self.inner.pause(limit)?)
     }
 
     fn save(&self) -> Result<Vec<Section>, MachineError> {
-        unimplemented!()
+        Ok(self.inner.save()?)
     }
 
     fn resume(&self) -> Result<(), MachineError> {
-        unimplemented!()
+        Ok(self.inner.resume()?)
     }
 
-    fn throttle(&self, _share: f64) {
-        unimplemented!()
+    fn throttle(&self, share: f64) {
+        self.inner.throttle.set(share);
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop();
     }
 }

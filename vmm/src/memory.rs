@@ -1,4 +1,27 @@
-//! Guest RAM.
+//! Guest RAM: where it lies in the guest, and what it is made of here.
+
+mod mapping;
+
+use std::io::Write;
+
+use godwit_core::GuestMemory;
+use godwit_core::machine::RegionDescription;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
+
+use crate::config::MemoryBacking;
+use crate::error::VmmError;
+
+/// Where the hole for 32-bit devices (interrupt controllers, MMIO) begins: 3 GiB.
+pub(crate) const GAP_START: u64 = 3 << 30;
+
+/// Where it ends and RAM goes on: 4 GiB.
+pub(crate) const GAP_END: u64 = 4 << 30;
+
+/// How much is copied at once by [`Ram::write_to`].
+const COPY_BYTES: usize = 64 << 10;
 
 /// One region of guest RAM, for whoever looks at it from outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,4 +34,166 @@ pub struct RamRegion {
     pub host_address: u64,
     /// `private` or `memfd`.
     pub kind: &'static str,
+}
+
+/// The regions of a machine with `size_bytes` of RAM: up to the 32-bit gap, and beyond it.
+pub(crate) fn layout(size_bytes: u64) -> Vec<RegionDescription> {
+    let low = size_bytes.min(GAP_START);
+    let mut regions = vec![RegionDescription { guest_address: 0, size_bytes: low }];
+    if size_bytes > low {
+        regions.push(RegionDescription { guest_address: GAP_END, size_bytes: size_bytes - low });
+    }
+    regions
+}
+
+/// The memory of one machine: one mapping per region.
+#[derive(Clone)]
+pub(crate) struct Ram {
+    memory: GuestMemory,
+    backing: MemoryBacking,
+}
+
+impl Ram {
+    /// Maps RAM that reads as zeros.
+    pub(crate) fn new(size_bytes: u64, backing: MemoryBacking, huge_pages: bool) -> Result<Self, VmmError> {
+        let mut regions = Vec::new();
+        for region in layout(size_bytes) {
+            let mapping = mapping::map(region.size_bytes, backing, huge_pages)?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(region.guest_address))
+                .ok_or_else(|| VmmError::Status("a RAM region wraps around the address space".into()))?;
+            regions.push(region);
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(VmmError::memory("cannot lay out guest memory"))?;
+        Ok(Self { memory, backing })
+    }
+
+    /// As the engine sees it.
+    pub(crate) fn guest(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Its regions as they are mapped here.
+    pub(crate) fn regions(&self) -> Vec<RamRegion> {
+        let kind = match self.backing {
+            MemoryBacking::Private => "private",
+            MemoryBacking::Memfd => "memfd",
+        };
+        self.memory
+            .iter()
+            .map(|region| RamRegion {
+                guest_address: region.start_addr().raw_value(),
+                size_bytes: region.len(),
+                host_address: region.as_ptr() as u64,
+                kind,
+            })
+            .collect()
+    }
+
+    /// Copies guest memory out, through a small buffer.
+    pub(crate) fn write_to(&self, address: u64, length: u64, to: &mut dyn Write) -> Result<(), VmmError> {
+        self.check_range(address, length)?;
+        let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(length).unwrap_or(COPY_BYTES))];
+        let mut done = 0;
+        while done < length {
+            let chunk = (length - done).min(buffer.len() as u64) as usize;
+            self.memory
+                .read_slice(&mut buffer[..chunk], GuestAddress(address + done))
+                .map_err(VmmError::memory(format!("cannot read guest memory at {:#x}", address + done)))?;
+            to.write_all(&buffer[..chunk]).map_err(VmmError::os("cannot write out guest memory"))?;
+            done += chunk as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether all of a range is RAM, before anything is allocated for it.
+    fn check_range(&self, address: u64, length: u64) -> Result<(), VmmError> {
+        let is_ram = usize::try_from(length).is_ok_and(|length| self.memory.check_range(GuestAddress(address), length));
+        if is_ram {
+            return Ok(());
+        }
+        Err(VmmError::Status(format!("guest memory from {address:#x} on, {length} bytes, is not all RAM")))
+    }
+
+    /// Makes all of RAM read as zeros again and gives its pages back to the host. Every page counts as written.
+    pub(crate) fn clear(&self) -> Result<(), VmmError> {
+        for region in self.memory.iter() {
+            mapping::discard(region)?;
+            // After the pages have changed: what marks them earlier may be harvested too early.
+            region.bitmap().mark_dirty(0, region.len() as usize);
+        }
+        Ok(())
+    }
+
+    /// A copy of guest memory.
+    pub(crate) fn read(&self, address: u64, length: usize) -> Result<Vec<u8>, VmmError> {
+        self.check_range(address, length as u64)?;
+        let mut bytes = vec![0; length];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .map_err(VmmError::memory(format!("cannot read guest memory at {address:#x}")))?;
+        Ok(bytes)
+    }
+}
+
+/// The host address of a region's first byte, for KVM.
+pub(crate) fn host_address(region: &impl GuestMemoryRegion) -> Result<u64, VmmError> {
+    let pointer = region
+        .get_host_address(MemoryRegionAddress(0))
+        .map_err(VmmError::memory("guest memory has no host address"))?;
+    Ok(pointer as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
+
+    proptest! {
+        #[test]
+        fn the_layout_holds_all_of_memory_and_leaves_the_gap_free(
+            pages in MIN_MEMORY_BYTES / 4096..=MAX_MEMORY_BYTES / 4096
+        ) {
+            let regions = layout(pages * 4096);
+            prop_assert_eq!(regions.iter().map(|r| r.size_bytes).sum::<u64>(), pages * 4096);
+            let mut end = 0;
+            for region in regions {
+                prop_assert!(region.guest_address >= end && region.size_bytes > 0);
+                end = region.guest_address + region.size_bytes;
+                prop_assert!(end <= GAP_START || region.guest_address >= GAP_END);
+            }
+        }
+    }
+
+    #[test]
+    fn memory_reads_as_zeros_again_after_a_clear_and_counts_as_written() {
+        for backing in [MemoryBacking::Private, MemoryBacking::Memfd] {
+            let ram = Ram::new(4 << 20, backing, false).unwrap();
+            ram.guest().write_obj(7u8, GuestAddress(0x5000)).unwrap();
+            let region = ram.guest().iter().next().unwrap();
+            region.bitmap().reset();
+            ram.clear().unwrap();
+            assert_eq!(ram.read(0x5000, 1).unwrap(), [0], "{backing:?}");
+            assert!(region.bitmap().is_addr_set(0) && region.bitmap().is_addr_set((4 << 20) - 1));
+        }
+    }
+
+    #[test]
+    fn only_ram_can_be_read() {
+        let ram = Ram::new(4 << 20, MemoryBacking::Private, false).unwrap();
+        assert!(ram.read((4 << 20) - 1, 1).is_ok());
+        assert!(ram.read((4 << 20) - 1, 2).is_err());
+        assert!(ram.write_to(u64::MAX, 2, &mut Vec::new()).is_err());
+        assert!(ram.write_to(0, u64::MAX, &mut Vec::new()).is_err());
+        let mut out = Vec::new();
+        ram.write_to(0x1000, 200_000, &mut out).unwrap();
+        assert_eq!(out.len(), 200_000);
+    }
+
+    #[test]
+    fn mappings_are_aligned_to_huge_pages() {
+        let ram = Ram::new(64 << 20, MemoryBacking::Private, false).unwrap();
+        assert_eq!(ram.regions()[0].host_address % (2 << 20), 0);
+    }
 }

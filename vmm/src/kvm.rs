@@ -1,0 +1,13 @@
+//! KVM as this machine uses it: the VM with its memory slots, and the few calls that kvm-ioctls lacks.
+
+mod abi;
+mod dirty_log;
+mod ioctls;
+mod kick;
+mod vm;
+
+pub(crate) use abi::exact as exact_abi;
+pub(crate) use dirty_log::KvmDirtyLog;
+pub(crate) use ioctls::{internal_error_text, set_tsc_offset, set_xsave, tsc_offset, xsave};
+pub(crate) use kick::{install_kick_handler, kick, receive_kicks};
+pub(crate) use vm::Vm;

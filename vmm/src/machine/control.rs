@@ -1,0 +1,150 @@
+//! Pausing, resuming and stopping a machine.
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Inner, MachineEvent, MachineStatus};
+use crate::error::VmmError;
+use crate::sync::lock;
+use crate::vcpu::Notice;
+
+/// How long the machine's own thread waits for vCPUs to leave the guest before it says that one is stuck.
+pub(super) const OWN_PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+impl Inner {
+    /// Stops all vCPUs and closes the devices' gates, or leaves the machine running as it was.
+    pub(super) fn pause(&self, limit: Duration) -> Result<(), VmmError> {
+        let _whole = lock(&self.whole);
+        if lock(&self.life).status() == MachineStatus::Paused {
+            return Ok(());
+        }
+        lock(&self.life).check_alive()?;
+        self.halt_vcpus(limit)?;
+        self.devices.pause();
+        // The guest may have asked for a reset just now. State of a machine in the middle of it is good for nothing.
+        if lock(&self.life).take_reset() {
+            self.reboot();
+        }
+        let mut life = lock(&self.life);
+        life.check_alive()?;
+        life.advance(MachineStatus::Paused);
+        Ok(())
+    }
+
+    /// Lets all vCPUs run.
+    pub(super) fn resume(&self) -> Result<(), VmmError> {
+        let _whole = lock(&self.whole);
+        {
+            let mut life = lock(&self.life);
+            life.check_alive()?;
+            if life.status() == MachineStatus::Running {
+                return Ok(());
+            }
+            life.advance(MachineStatus::Running);
+        }
+        self.devices.resume();
+        self.run_vcpus();
+        Ok(())
+    }
+
+    /// Stops the machine for good.
+    pub(super) fn stop(&self) {
+        {
+            let _whole = lock(&self.whole);
+            lock(&self.life).advance(MachineStatus::Stopped);
+            self.throttle.set(1.0);
+            self.devices.pause();
+            for vcpu in self.vcpus.iter() {
+                vcpu.stop();
+            }
+            self.devices.stop();
+        }
+        // Without the lock: the thread may be waiting for it.
+        let supervisor = lock(&self.supervisor).take();
+        match supervisor {
+            // The machine's own thread held the last reference.
+            Some(thread) if thread.thread().id() == thread::current().id() => {}
+            Some(thread) => {
+                if thread.join().is_err() {
+                    tracing::error!("the machine's thread panicked");
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// What a vCPU found out, on the machine's own thread.
+    pub(super) fn attend_to(&self, notice: Notice) {
+        let _whole = lock(&self.whole);
+        if lock(&self.life).status() == MachineStatus::Stopped {
+            return;
+        }
+        if let Err(error) = self.halt_vcpus(OWN_PAUSE_LIMIT) {
+            // A vCPU that does not leave the guest: the others have ended it all the same.
+            tracing::error!("{error}");
+        }
+        match notice {
+            Notice::Reset => {
+                // Unless a pause has been quicker.
+                if lock(&self.life).take_reset() {
+                    self.reboot();
+                }
+                if lock(&self.life).status() == MachineStatus::Running {
+                    self.run_vcpus();
+                }
+            }
+            Notice::Shutdown(why) => {
+                self.devices.pause();
+                self.subscribers.tell(&MachineEvent::Shutdown { why });
+            }
+            Notice::Fault(text) => {
+                self.devices.pause();
+                self.subscribers.tell(&MachineEvent::Fault { text });
+            }
+        }
+    }
+
+    /// Makes all vCPUs idle. If one is not within `limit`, all of them run on.
+    pub(super) fn halt_vcpus(&self, limit: Duration) -> Result<(), VmmError> {
+        let until = Instant::now() + limit;
+        let (done, all_done) = mpsc::channel();
+        for vcpu in self.vcpus.iter() {
+            vcpu.pause(done.clone());
+        }
+        drop(done);
+        for halted in 0..self.vcpus.len() {
+            let left = until.saturating_duration_since(Instant::now());
+            match all_done.recv_timeout(left) {
+                Ok(()) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(VmmError::Status("the machine has been stopped".into()));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.run_vcpus();
+                    return Err(VmmError::Status(format!(
+                        "only {halted} of {} vCPUs left the guest within {} ms; the guest runs on",
+                        self.vcpus.len(),
+                        limit.as_millis()
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets all vCPUs run. Their guests are told that they have been paused, so that no watchdog bites.
+    fn run_vcpus(&self) {
+        for vcpu in self.vcpus.iter() {
+            let id = vcpu.id();
+            vcpu.with(move |fd| match fd.kvmclock_ctrl() {
+                // EINVAL: this guest does not use KVM's clock.
+                Err(error) if error.errno() != libc::EINVAL => {
+                    tracing::warn!("cannot tell the guest on vCPU {id} of the pause: {error}");
+                }
+                _ => {}
+            });
+            vcpu.run();
+        }
+    }
+}

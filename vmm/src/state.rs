@@ -1,0 +1,147 @@
+//! A machine's saved state as sections: their kinds and versions, encoding and decoding.
+
+use std::collections::BTreeMap;
+
+use godwit_core::Section;
+use godwit_core::codec;
+use godwit_core::machine::SectionVersion;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::chips::{self, IrqchipState, PitState};
+use crate::clock::{self, ClockState};
+use crate::devices::serial::{self, SerialState};
+use crate::error::VmmError;
+use crate::vcpu::state::{self as vcpu_state, StateShape, VcpuState};
+
+const IRQCHIP: &str = "irqchip";
+const PIT: &str = "pit";
+const CLOCK: &str = "clock";
+const SERIAL: &str = "serial";
+
+/// All state of a machine but its memory.
+pub(crate) struct MachineState {
+    /// By vCPU number.
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) irqchip: IrqchipState,
+    pub(crate) pit: PitState,
+    pub(crate) clock: ClockState,
+    pub(crate) serial: SerialState,
+}
+
+/// The sections of a machine with so many vCPUs, as this version writes and reads them.
+pub(crate) fn sections(vcpus: u32) -> Vec<SectionVersion> {
+    let chips = [
+        (IRQCHIP, chips::IRQCHIP_VERSION),
+        (PIT, chips::PIT_VERSION),
+        (CLOCK, clock::VERSION),
+        (SERIAL, serial::VERSION),
+    ];
+    let vcpus = (0..vcpus).map(|id| SectionVersion { kind: vcpu_kind(id), version: vcpu_state::VERSION });
+    vcpus.chain(chips.map(|(kind, version)| SectionVersion { kind: kind.into(), version })).collect()
+}
+
+/// Every reason why sections of these kinds and versions cannot make up a machine with so many vCPUs.
+pub(crate) fn unusable(offered: &[SectionVersion], vcpus: u32) -> Vec<String> {
+    let known = sections(vcpus);
+    let unknown = offered.iter().filter_map(|section| match known.iter().find(|known| known.kind == section.kind) {
+        None => Some(format!("this version knows no section {:?}", printable(&section.kind))),
+        Some(known) if known.version != section.version => Some(format!(
+            "section {} has version {}, this version reads {}",
+            known.kind, section.version, known.version
+        )),
+        Some(_) if offered.iter().filter(|other| other.kind == section.kind).count() > 1 => {
+            Some(format!("section {} occurs more than once", section.kind))
+        }
+        Some(_) => None,
+    });
+    let absent = known
+        .iter()
+        .filter(|known| offered.iter().all(|section| section.kind != known.kind))
+        .map(|known| format!("section {} is missing", known.kind));
+    unknown.chain(absent).collect()
+}
+
+impl MachineState {
+    /// As sections.
+    pub(crate) fn encode(&self) -> Result<Vec<Section>, VmmError> {
+        let mut sections = Vec::with_capacity(self.vcpus.len() + 4);
+        for (id, vcpu) in (0..).zip(&self.vcpus) {
+            sections.push(section(vcpu_kind(id), vcpu_state::VERSION, vcpu)?);
+        }
+        sections.push(section(IRQCHIP.into(), chips::IRQCHIP_VERSION, &self.irqchip)?);
+        sections.push(section(PIT.into(), chips::PIT_VERSION, &self.pit)?);
+        sections.push(section(CLOCK.into(), clock::VERSION, &self.clock)?);
+        sections.push(section(SERIAL.into(), serial::VERSION, &self.serial)?);
+        Ok(sections)
+    }
+
+    /// From sections: all of them, each once, each of a version that is known, each checked as far as KVM does not.
+    pub(crate) fn decode(sections: &[Section], vcpus: u32, shape: &StateShape, tsc_khz: u32) -> Result<Self, VmmError> {
+        let versions: Vec<_> = sections
+            .iter()
+            .map(|section| SectionVersion { kind: section.kind.clone(), version: section.version })
+            .collect();
+        if let Some(reason) = unusable(&versions, vcpus).into_iter().next() {
+            return Err(VmmError::Status(format!("the state cannot be loaded: {reason}")));
+        }
+        let by_kind: BTreeMap<&str, &[u8]> =
+            sections.iter().map(|section| (section.kind.as_str(), section.payload.as_slice())).collect();
+        let state = Self {
+            vcpus: (0..vcpus).map(|id| value(&by_kind, &vcpu_kind(id))).collect::<Result<_, _>>()?,
+            irqchip: value(&by_kind, IRQCHIP)?,
+            pit: value(&by_kind, PIT)?,
+            clock: value(&by_kind, CLOCK)?,
+            serial: value(&by_kind, SERIAL)?,
+        };
+        for (id, vcpu) in (0..).zip(&state.vcpus) {
+            vcpu.check(shape).map_err(|reason| VmmError::state(vcpu_kind(id), reason))?;
+        }
+        state.irqchip.check().map_err(|reason| VmmError::state(IRQCHIP, reason))?;
+        state.clock.check(state.vcpus.len(), tsc_khz).map_err(|reason| VmmError::state(CLOCK, reason))?;
+        Ok(state)
+    }
+}
+
+/// Text from a peer, fit to be shown.
+fn printable(text: &str) -> String {
+    text.chars().take(64).filter(|c| !c.is_control()).collect()
+}
+
+fn vcpu_kind(id: u32) -> String {
+    format!("vcpu/{id}")
+}
+
+fn section(kind: String, version: u16, state: &impl Serialize) -> Result<Section, VmmError> {
+    let payload =
+        codec::encode(state).map_err(|source| VmmError::Codec { what: "cannot encode the machine's state", source })?;
+    Ok(Section { kind, version, payload })
+}
+
+fn value<T: DeserializeOwned>(by_kind: &BTreeMap<&str, &[u8]>, kind: &str) -> Result<T, VmmError> {
+    let payload = by_kind.get(kind).ok_or_else(|| VmmError::state(kind, "it is missing"))?;
+    codec::decode(payload).map_err(|error| VmmError::state(kind, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        assert_eq!(unusable(&sections(3), 3), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_reason_is_given() {
+        let mut offered = sections(2);
+        offered[0].version = 9;
+        offered[1].kind = "tpm\u{1b}[2J".into();
+        offered.push(offered[2].clone());
+        let reasons = unusable(&offered, 2);
+        assert!(reasons.iter().any(|r| r == "section vcpu/0 has version 9, this version reads 1"), "{reasons:?}");
+        assert!(reasons.iter().any(|r| r == "this version knows no section \"tpm[2J\""), "{reasons:?}");
+        assert!(reasons.iter().any(|r| r == "section vcpu/1 is missing"), "{reasons:?}");
+        assert!(reasons.iter().any(|r| r.contains("more than once")), "{reasons:?}");
+    }
+}

@@ -1,0 +1,33 @@
+//! The machine on real KVM. Without /dev/kvm every test is skipped by name; where CI is set and /dev/kvm is there, nothing
+//! may be skipped.
+
+mod kvm {
+    pub(crate) mod boot;
+    pub(crate) mod guests;
+    pub(crate) mod moves;
+    pub(crate) mod running;
+}
+
+use std::fs::OpenOptions;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// A test: its name and what it does. It fails by panicking.
+type Test = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let usable = OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    let tests = [kvm::boot::TESTS, kvm::running::TESTS, kvm::moves::TESTS].concat();
+    let trials = tests.into_iter().map(|(name, body)| {
+        Trial::test(name, move || {
+            body();
+            Ok::<_, Failed>(())
+        })
+        .with_ignored_flag(!usable)
+    });
+    let mut arguments = Arguments::from_args();
+    // Machines share two cores with what measures them: one at a time.
+    arguments.test_threads = Some(1);
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}

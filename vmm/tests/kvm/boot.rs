@@ -1,0 +1,175 @@
+//! Booting, and refusing to.
+
+use std::fs;
+
+use godwit_vmm::config::{ByteSize, MemoryBacking, SerialTarget};
+use godwit_vmm::{BootOptions, Machine, MachineConfig, MachineEvent, MachineStatus};
+
+use super::guests::{self, COUNT, config, counter, elf, file, next, read_u32, run, wait_for_progress, wait_until};
+use crate::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("boot::a_pvh_image_runs", a_pvh_image_runs),
+    ("boot::start_info_describes_memory_command_line_and_initrd", start_info_describes_memory_command_line_and_initrd),
+    ("boot::the_workload_guest_starts_all_its_vcpus", the_workload_guest_starts_all_its_vcpus),
+    ("boot::every_backing_works", every_backing_works),
+    ("boot::what_is_no_kernel_is_refused", what_is_no_kernel_is_refused),
+    ("boot::output_reaches_the_serial_port", output_reaches_the_serial_port),
+    ("boot::the_keyboard_controller_resets_in_place", the_keyboard_controller_resets_in_place),
+    ("boot::a_triple_fault_ends_the_machine_with_registers", a_triple_fault_ends_the_machine_with_registers),
+    ("boot::memory_above_4_gib_is_there", memory_above_4_gib_is_there),
+];
+
+fn a_pvh_image_runs() {
+    let kernel = file(&elf(COUNT));
+    let machine = run(&config(&kernel));
+    wait_for_progress(&machine);
+    assert_eq!(machine.status(), MachineStatus::Running);
+    machine.stop();
+    assert_eq!(machine.status(), MachineStatus::Stopped);
+    machine.stop();
+}
+
+fn start_info_describes_memory_command_line_and_initrd() {
+    // mov [COUNTER], ebx; jmp $
+    let kernel = file(&elf(&[0x89, 0x1d, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xfe]));
+    let initrd = file(b"an initial RAM disk");
+    let config =
+        MachineConfig { initrd: Some(initrd.path().into()), cmdline: "console=ttyS0 quiet".into(), ..config(&kernel) };
+    let machine = run(&config);
+    wait_until("the guest has stored its start info", || counter(&machine) != 0);
+    let start_info = u64::from(counter(&machine));
+    let word = |offset| u64::from(read_u32(&machine, start_info + offset));
+    assert_eq!(word(0), 0x336e_c578, "magic");
+    let cmdline = machine.read_memory(word(24), config.cmdline.len() + 1).unwrap();
+    assert_eq!(cmdline, [config.cmdline.as_bytes(), &[0]].concat());
+    assert_eq!(word(12), 1, "one module");
+    let module = word(16);
+    let (address, length) = (u64::from(read_u32(&machine, module)), read_u32(&machine, module + 8) as usize);
+    assert_eq!(machine.read_memory(address, length).unwrap(), b"an initial RAM disk");
+    assert_eq!(word(48), 3, "low memory, the BIOS area, high memory");
+    let last = word(40) + 2 * 24;
+    assert_eq!(read_u32(&machine, last), 1 << 20);
+    assert_eq!(read_u32(&machine, last + 8), 63 << 20);
+}
+
+fn the_workload_guest_starts_all_its_vcpus() {
+    let machine = run(&guests::writer(2));
+    let cpus = machine.cpus();
+    assert_eq!(cpus.iter().map(|cpu| cpu.index).collect::<Vec<_>>(), [0, 1]);
+    assert!(cpus[0].thread_id > 0 && cpus[0].thread_id != cpus[1].thread_id);
+    let beats = guests::heartbeats(&machine, 2);
+    wait_until("both vCPUs work", || {
+        guests::heartbeats(&machine, 2).iter().zip(&beats).all(|(now, before)| now > before)
+    });
+}
+
+fn every_backing_works() {
+    let kernel = file(&elf(COUNT));
+    for (memory_backing, kind) in [(MemoryBacking::Private, "private"), (MemoryBacking::Memfd, "memfd")] {
+        let machine = run(&MachineConfig { memory_backing, ..config(&kernel) });
+        wait_for_progress(&machine);
+        let ram = machine.ram();
+        assert_eq!((ram.len(), ram[0].kind), (1, kind));
+        assert_eq!((ram[0].guest_address, ram[0].size_bytes), (0, 64 << 20));
+    }
+}
+
+fn what_is_no_kernel_is_refused() {
+    let mut no_note = elf(COUNT);
+    no_note[0x20c] = b'Y';
+    let mut bits_32 = elf(COUNT);
+    bits_32[4] = 1;
+    let mut beyond_memory = elf(COUNT);
+    // Where the first segment goes.
+    beyond_memory[64 + 24..64 + 32].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    let mut old_bzimage = vec![0; 4096];
+    old_bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+    let cases: [(&[u8], &str); 7] = [
+        (b"", "neither"),
+        (b"#!/bin/sh\n", "neither"),
+        (&elf(COUNT)[..40], "cannot load"),
+        (&no_note, "PVH"),
+        (&bits_32, "32-bit"),
+        (&beyond_memory, "cannot load"),
+        (&old_bzimage, "bzImage"),
+    ];
+    for (contents, expected) in cases {
+        let kernel = file(contents);
+        let error = Machine::boot(&config(&kernel), &BootOptions::default()).err().expect("refused").to_string();
+        assert!(error.contains(expected), "{expected:?} in {error:?}");
+        assert!(error.contains(kernel.path().to_str().unwrap()), "{error}");
+    }
+    let missing = MachineConfig { kernel: Some("/nonexistent/kernel".into()), ..Default::default() };
+    let error = Machine::boot(&missing, &BootOptions::default()).err().expect("refused").to_string();
+    assert!(error.contains("/nonexistent/kernel"), "{error}");
+}
+
+fn output_reaches_the_serial_port() {
+    // mov dx, 0x3f8; mov al, 'H'; out dx, al; mov al, 'i'; out dx, al; jmp $
+    let code = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'H', 0xee, 0xb0, b'i', 0xee, 0xeb, 0xfe];
+    let kernel = file(&elf(&code));
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("serial.log");
+    let _machine = run(&MachineConfig { serial: SerialTarget::File(log.clone()), ..config(&kernel) });
+    wait_until("the guest says Hi", || fs::read(&log).is_ok_and(|text| text == b"Hi"));
+}
+
+fn the_keyboard_controller_resets_in_place() {
+    // A guest that counts its boots in memory would be fooled by a reset that leaves memory as it was: this one leaves a mark
+    // first and resets only if there is none on the serial port's scratch register.
+    // mov dword [COUNTER], 7; mov al, 0xfe; out 0x64, al; jmp $
+    let code = [0xc7, 0x05, 0x00, 0x00, 0x20, 0x00, 7, 0, 0, 0, 0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
+    let kernel = file(&elf(&code));
+    let machine = Machine::boot(&config(&kernel), &BootOptions { start_paused: true }).unwrap();
+    let events = machine.events();
+    godwit_core::SourceMachine::resume(&machine).unwrap();
+    for _ in 0..3 {
+        assert_eq!(next(&events), MachineEvent::Reset);
+    }
+    // It goes on counting if it is given other code to boot.
+    fs::write(kernel.path(), elf(COUNT)).unwrap();
+    wait_until("the guest runs what it was booted with", || {
+        let before = counter(&machine);
+        before > 7 && counter(&machine) > before
+    });
+    assert_eq!(machine.status(), MachineStatus::Running);
+    // Without its kernel it cannot boot again, and says so.
+    fs::write(kernel.path(), elf(&code)).unwrap();
+    let doomed = run(&config(&kernel));
+    let events = doomed.events();
+    drop(kernel);
+    let end = std::iter::repeat_with(|| next(&events)).find(|event| *event != MachineEvent::Reset);
+    let Some(MachineEvent::Fault { text }) = end else { panic!("{end:?}") };
+    assert!(text.contains("asked for a reboot"), "{text}");
+    assert_eq!(doomed.status(), MachineStatus::Faulted);
+}
+
+fn a_triple_fault_ends_the_machine_with_registers() {
+    // mov ecx, 0x1234abcd; ud2, with no interrupt table.
+    let kernel = file(&elf(&[0xb9, 0xcd, 0xab, 0x34, 0x12, 0x0f, 0x0b]));
+    let machine = run(&config(&kernel));
+    let events = machine.events();
+    let text = match next(&events) {
+        MachineEvent::Shutdown { why } => why,
+        MachineEvent::Fault { text } => text,
+        MachineEvent::Reset => panic!("a reset"),
+    };
+    assert!(text.contains("vCPU 0") && text.contains("rcx 0x1234abcd"), "{text}");
+    assert!(matches!(machine.status(), MachineStatus::Shutdown | MachineStatus::Faulted));
+    assert!(godwit_core::SourceMachine::resume(&machine).is_err());
+    assert!(godwit_core::SourceMachine::pause(&machine, guests::PATIENCE).is_err());
+    // Told again to those who come late.
+    assert!(machine.events().try_recv().is_ok());
+}
+
+fn memory_above_4_gib_is_there() {
+    let kernel = file(&elf(COUNT));
+    let machine = run(&MachineConfig { memory: ByteSize(8 << 30), ..config(&kernel) });
+    wait_for_progress(&machine);
+    let regions: Vec<_> = machine.ram().iter().map(|ram| (ram.guest_address, ram.size_bytes)).collect();
+    assert_eq!(regions, [(0, 3 << 30), (4 << 30, 5 << 30)]);
+    assert_eq!(machine.read_memory((9 << 30) - 1, 1).unwrap(), [0]);
+    assert!(machine.read_memory((3 << 30) - 1, 2).is_err());
+    assert!(machine.read_memory(9 << 30, 1).is_err());
+}

@@ -1,0 +1,310 @@
+//! State: out of one machine and into another, and refusing what is not one's own.
+
+use std::time::{Duration, Instant};
+
+use godwit_core::machine::{MachineDescription, SectionVersion};
+use godwit_core::{DestinationHost, DestinationMachine, LoadContext, Section, SourceMachine};
+use godwit_vmm::config::{ByteSize, MemoryBacking, SerialTarget};
+use godwit_vmm::{HostOptions, IncomingMachine, KvmHost, Machine, MachineConfig, MachineStatus};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::guests::{
+    self, COUNT, config, counter, elf, file, heartbeats, pause, run, wait_for_progress, wait_until, writer,
+};
+use crate::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("moves::a_guest_goes_on_counting_in_another_machine", a_guest_goes_on_counting_in_another_machine),
+    ("moves::the_workload_guest_goes_on_with_1_and_2_vcpus", the_workload_guest_goes_on_with_1_and_2_vcpus),
+    ("moves::a_machine_goes_on_and_on", a_machine_goes_on_and_on),
+    ("moves::state_that_is_loaded_is_saved_again_the_same", state_that_is_loaded_is_saved_again_the_same),
+    ("moves::a_failed_move_leaves_the_source_as_it_was", a_failed_move_leaves_the_source_as_it_was),
+    ("moves::a_machine_from_elsewhere_can_reboot", a_machine_from_elsewhere_can_reboot),
+    ("moves::a_running_machine_is_not_saved", a_running_machine_is_not_saved),
+    ("moves::hostile_sections_are_refused", hostile_sections_are_refused),
+    ("moves::every_refusal_is_given_by_name", every_refusal_is_given_by_name),
+    ("moves::figures", figures),
+];
+
+/// Takes `source`, which is paused, into a new machine: rehearsal, memory, state.
+fn take_in(source: &Machine, host: &mut KvmHost) -> IncomingMachine {
+    let description = source.describe().unwrap();
+    assert_eq!(host.check(&description), Vec::new());
+    let mut incoming = host.prepare(&description).unwrap();
+    let sections = source.save().unwrap();
+    incoming.load(&sections, &LoadContext::default()).unwrap();
+    copy_memory(source, &incoming);
+    incoming.load(&source.save().unwrap(), &LoadContext::default()).unwrap();
+    incoming
+}
+
+fn copy_memory(source: &Machine, destination: &IncomingMachine) {
+    let memory = destination.memory();
+    for region in source.memory().iter() {
+        let mut page = [0; 4096];
+        for offset in (0..region.len()).step_by(4096) {
+            let address = GuestAddress(vm_memory::Address::raw_value(&region.start_addr()) + offset);
+            source.memory().read_slice(&mut page, address).unwrap();
+            if page != [0; 4096] {
+                memory.write_slice(&page, address).unwrap();
+            }
+        }
+    }
+}
+
+fn a_guest_goes_on_counting_in_another_machine() {
+    let kernel = file(&elf(COUNT));
+    let source = run(&config(&kernel));
+    wait_for_progress(&source);
+    pause(&source);
+    let left_at = counter(&source);
+    let mut incoming = take_in(&source, &mut KvmHost::default());
+    source.stop();
+    incoming.start().unwrap();
+    let destination = incoming.into_machine();
+    assert!(destination.is_running());
+    wait_until("it counts on", || counter(&destination) > left_at);
+    assert!(counter(&destination).wrapping_sub(left_at) < u32::MAX / 2);
+}
+
+fn the_workload_guest_goes_on_with_1_and_2_vcpus() {
+    for vcpus in [1, 2] {
+        let source = run(&writer(vcpus));
+        let beats = || heartbeats(&source, u64::from(vcpus));
+        wait_until("it works", || beats().iter().all(|beat| *beat > 3));
+        pause(&source);
+        let left_at = beats();
+        let mut incoming = take_in(&source, &mut KvmHost::default());
+        incoming.start().unwrap();
+        let destination = incoming.into_machine();
+        wait_until("all its vCPUs go on", || {
+            heartbeats(&destination, u64::from(vcpus)).iter().zip(&left_at).all(|(now, then)| now > then)
+        });
+    }
+}
+
+fn a_machine_goes_on_and_on() {
+    let kernel = file(&elf(COUNT));
+    let mut machine = run(&MachineConfig { memory_backing: MemoryBacking::Memfd, vcpus: 2, ..config(&kernel) });
+    for _ in 0..3 {
+        wait_for_progress(&machine);
+        pause(&machine);
+        let described = machine.describe().unwrap();
+        let incoming = take_in(&machine, &mut KvmHost::default());
+        // Held: it is owned but does not run until it is told to.
+        let next = incoming.into_machine();
+        assert_eq!(next.status(), MachineStatus::Paused);
+        assert_eq!(next.describe().unwrap(), described, "it stays the same machine");
+        let stood = counter(&next);
+        std::thread::sleep(Duration::from_millis(10));
+        assert_eq!(counter(&next), stood);
+        next.resume().unwrap();
+        machine = next;
+    }
+    wait_for_progress(&machine);
+}
+
+fn state_that_is_loaded_is_saved_again_the_same() {
+    let source = run(&writer(2));
+    wait_until("it works", || heartbeats(&source, 2).iter().all(|beat| *beat > 3));
+    pause(&source);
+    let sections = source.save().unwrap();
+    let kinds: Vec<_> = sections.iter().map(|section| section.kind.as_str()).collect();
+    assert_eq!(kinds, ["vcpu/0", "vcpu/1", "irqchip", "pit", "clock", "serial"]);
+    let described: Vec<_> = source.describe().unwrap().sections;
+    let saved: Vec<_> = sections
+        .iter()
+        .map(|section| SectionVersion { kind: section.kind.clone(), version: section.version })
+        .collect();
+    assert_eq!(described, saved);
+    let machine = take_in(&source, &mut KvmHost::default()).into_machine();
+    for (before, after) in sections.iter().zip(machine.save().unwrap()) {
+        assert_eq!(before.payload.len(), after.payload.len(), "{}", before.kind);
+        // The LAPIC and the timers count on; the registers do not change.
+        if before.kind == "serial" {
+            assert_eq!(before.payload, after.payload);
+        }
+    }
+}
+
+fn a_failed_move_leaves_the_source_as_it_was() {
+    let kernel = file(&elf(COUNT));
+    let source = run(&config(&kernel));
+    wait_for_progress(&source);
+    source.dirty_log().start().unwrap();
+    pause(&source);
+    let incoming = take_in(&source, &mut KvmHost::default());
+    drop(incoming);
+    source.dirty_log().stop().unwrap();
+    source.resume().unwrap();
+    wait_for_progress(&source);
+}
+
+fn a_machine_from_elsewhere_can_reboot() {
+    // If COUNTER is not 7, stays; else resets. mov eax, [COUNTER]; cmp al, 7; jne to the start; mov al, 0xfe; out 0x64, al
+    let code = [0xa1, 0x00, 0x00, 0x20, 0x00, 0x3c, 0x07, 0x75, 0xf7, 0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
+    let kernel = file(&elf(&code));
+    let folder = kernel.path().parent().unwrap().to_owned();
+    for (boot_file_dirs, allowed) in [(vec![folder], true), (Vec::new(), false)] {
+        let source = run(&config(&kernel));
+        pause(&source);
+        let mut host = KvmHost::new(HostOptions { boot_file_dirs, ..Default::default() });
+        let mut incoming = take_in(&source, &mut host);
+        incoming.start().unwrap();
+        let machine = incoming.into_machine();
+        let events = machine.events();
+        machine.memory().write_obj(7u32, GuestAddress(guests::COUNTER)).unwrap();
+        let event = guests::next(&events);
+        assert_eq!(event == godwit_vmm::MachineEvent::Reset, allowed, "{event:?}");
+        assert_eq!(machine.is_running(), allowed);
+        if allowed {
+            assert_eq!(counter(&machine), 0, "memory is as at power-on");
+        }
+    }
+}
+
+fn a_running_machine_is_not_saved() {
+    let kernel = file(&elf(COUNT));
+    let machine = run(&config(&kernel));
+    let error = machine.save().unwrap_err().to_string();
+    assert!(error.contains("running"), "{error}");
+    wait_for_progress(&machine);
+}
+
+fn hostile_sections_are_refused() {
+    let kernel = file(&elf(COUNT));
+    let source = run(&MachineConfig { vcpus: 2, ..config(&kernel) });
+    wait_for_progress(&source);
+    pause(&source);
+    let good = source.save().unwrap();
+    let mut incoming = KvmHost::default().prepare(&source.describe().unwrap()).unwrap();
+    assert!(incoming.start().is_err(), "nothing has been loaded yet");
+    let mut refused = |what: &str, change: &dyn Fn(&mut Vec<Section>)| {
+        let mut sections = good.clone();
+        change(&mut sections);
+        let error = incoming.load(&sections, &LoadContext::default()).expect_err(what).to_string();
+        assert!(incoming.start().is_err(), "{what}: must not start");
+        error
+    };
+    let swap = |sections: &mut Vec<Section>, a: usize, b: usize| {
+        let payload = sections[a].payload.clone();
+        sections[a].payload = sections[b].payload.clone();
+        sections[b].payload = payload;
+    };
+    assert!(refused("nothing", &|sections| sections.clear()).contains("vcpu/0"));
+    assert!(refused("a vCPU less", &|sections| drop(sections.remove(1))).contains("vcpu/1"));
+    assert!(refused("a section twice", &|sections| sections.push(sections[3].clone())).contains("pit"));
+    assert!(refused("unknown kind", &|sections| sections[5].kind = "tpm".into()).contains("tpm"));
+    assert!(refused("unknown version", &|sections| sections[4].version = 2).contains("clock"));
+    assert!(refused("empty payload", &|sections| sections[0].payload.clear()).contains("vcpu/0"));
+    assert!(refused("trailing bytes", &|sections| sections[2].payload.push(0)).contains("irqchip"));
+    assert!(refused("swapped", &|sections| swap(sections, 2, 3)).contains("irqchip"));
+    for section in 0..good.len() {
+        for length in [1, 7, good[section].payload.len() / 2, good[section].payload.len() - 1] {
+            let error = refused("cut short", &|sections| sections[section].payload.truncate(length));
+            assert!(error.contains(&good[section].kind), "{error}");
+        }
+    }
+    // Damage anywhere is refused or harmless, and never more than that.
+    let mut state = 1u64;
+    for _ in 0..300 {
+        let mut sections = good.clone();
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let payload = &mut sections[(state >> 60) as usize % good.len()].payload;
+        let at = (state >> 16) as usize % payload.len();
+        payload[at] ^= 1 << (state >> 56 & 7);
+        let _ = incoming.load(&sections, &LoadContext { clock_offset_ns: state as i64 });
+    }
+    // The machine is still good for the real state.
+    copy_memory(&source, &incoming);
+    incoming.load(&good, &LoadContext::default()).unwrap();
+    incoming.start().unwrap();
+    wait_for_progress(&incoming.into_machine());
+}
+
+fn every_refusal_is_given_by_name() {
+    let machine = run(&writer(2));
+    let description = machine.describe().unwrap();
+    let reasons = |options: HostOptions, description: &MachineDescription| {
+        KvmHost::new(options).check(description).iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let has = |reasons: &[String], expected: &str| {
+        assert!(reasons.iter().any(|reason| reason.contains(expected)), "{expected:?} in {reasons:?}");
+    };
+    assert_eq!(reasons(HostOptions::default(), &description), Vec::<String>::new());
+
+    let mut odd = description.clone();
+    odd.sections[0].version = 99;
+    odd.sections.push(SectionVersion { kind: "gpu".into(), version: 1 });
+    let options = HostOptions {
+        serial: SerialTarget::Unix("/nonexistent/socket".into()),
+        mask_cpu_features: vec!["clwb".into(), "x2apic".into()],
+        pretend_tsc_khz: Some(1_000_000),
+        ..Default::default()
+    };
+    let reasons_for_odd = reasons(options, &odd);
+    for expected in [
+        "clwb (leaf 0x7 ebx bit 24)",
+        "x2apic (leaf 0x1 ecx bit 21)",
+        "tsc: the guest's TSC runs at",
+        "section vcpu/0 has version 99",
+        "no section \"gpu\"",
+        "/nonexistent/socket",
+    ] {
+        has(&reasons_for_odd, expected);
+    }
+
+    let huge = MachineConfig { memory: ByteSize(4 << 40), ..writer(1) };
+    let small = run(&writer(1)).describe().unwrap();
+    let text = String::from_utf8_lossy(&small.vmm).into_owned();
+    assert!(text.contains("memory = \"256M\""), "{text}");
+    // The same description with another size, as a machine of that size would give it.
+    let vmm = replace(&small.vmm, b"memory = \"256M\"", b"memory = \"4T\"  ");
+    let memory = vec![
+        godwit_core::machine::RegionDescription { guest_address: 0, size_bytes: 3 << 30 },
+        godwit_core::machine::RegionDescription { guest_address: 4 << 30, size_bytes: huge.memory.bytes() - (3 << 30) },
+    ];
+    has(
+        &reasons(HostOptions::default(), &MachineDescription { vmm, memory, ..small.clone() }),
+        "4T of available memory",
+    );
+    let unknown_key = replace(&small.vmm, b"memory = \"256M\"", b"memoryx= \"256M\"");
+    has(&reasons(HostOptions::default(), &MachineDescription { vmm: unknown_key, ..small.clone() }), "memoryx");
+    has(&reasons(HostOptions::default(), &MachineDescription { vmm: vec![1, 2], ..small }), "cannot read");
+}
+
+fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+    [&bytes[..at], to, &bytes[at + to.len()..]].concat()
+}
+
+/// Not a judgement but a measurement: what a move costs inside the machine.
+fn figures() {
+    for vcpus in [1, 2] {
+        let source = run(&writer(vcpus));
+        wait_until("it works", || heartbeats(&source, u64::from(vcpus)).iter().all(|beat| *beat > 3));
+        let time = |what: &str, body: &mut dyn FnMut()| {
+            let start = Instant::now();
+            body();
+            println!("{vcpus} vCPUs: {what} {:?}", start.elapsed());
+        };
+        time("pause", &mut || pause(&source));
+        let mut sections = Vec::new();
+        for _ in 0..3 {
+            time("save", &mut || sections = source.save().unwrap());
+        }
+        println!("{vcpus} vCPUs: state {} bytes", sections.iter().map(|s| s.payload.len()).sum::<usize>());
+        let description = source.describe().unwrap();
+        let mut host = KvmHost::default();
+        time("check", &mut || assert!(host.check(&description).is_empty()));
+        let mut incoming = None;
+        time("prepare", &mut || incoming = Some(host.prepare(&description).unwrap()));
+        let mut incoming = incoming.unwrap();
+        for _ in 0..3 {
+            time("load", &mut || incoming.load(&sections, &LoadContext::default()).unwrap());
+        }
+        copy_memory(&source, &incoming);
+        time("start", &mut || incoming.start().unwrap());
+    }
+}
