@@ -7,7 +7,7 @@ use super::config::{Contents, Order, Rate, WriteUnit, WriterConfig};
 use super::header::{Header, Status};
 use super::layout::{HEADER, IMAGE, PAGE_BYTES, field, status};
 use super::model::{Model, Page};
-use super::rules::{Jump, PAGE_WORDS, WordRule, mix, page_key};
+use super::rules::{Jump, PAGE_WORDS, Sequence, WordRule, mix, page_key, sequence_key, word_index};
 
 /// Frames of the model, below and above 4 GiB.
 const LOW_FRAMES: u64 = 24;
@@ -208,7 +208,7 @@ fn a_stale_header_is_told_apart() {
 
 #[test]
 fn nine_writes_in_ten_are_hot() {
-    let sequence = super::rules::Sequence::new(Order::HotCold.setting(), 1, 0, 1000).unwrap();
+    let sequence = Sequence::new(Order::HotCold.setting(), 1, 0, 1000).unwrap();
     let hot = (0..100_000).filter(|index| sequence.page(*index) < 100).count();
     assert!((89_500..90_500).contains(&hot), "{hot}");
     assert!((0..100_000).all(|index| sequence.page(index) < 1000));
@@ -221,12 +221,23 @@ fn the_rules_are_as_documented() {
     let key = page_key(1, 2);
     let random = WordRule::new(Contents::Random.setting()).unwrap();
     let compressible = WordRule::new(Contents::Compressible.setting()).unwrap();
-    let jump = Jump::new(3);
-    let values = [random, compressible].map(|rule| {
+    let three = Jump::new(3);
+    let values = |rule: WordRule| {
         let (first, increment) = (rule.initial(key, 5), rule.increment(key, 5));
-        [first, increment, rule.jump(first, increment, jump)]
-    });
-    println!("{key:#x} {values:#x?} {:#x}", super::rules::sequence_key(1, 1));
+        (first, increment, rule.jump(first, increment, three))
+    };
+    assert_eq!(key, 0x0b95_f66d_327e_8d78);
+    assert_eq!(word_index(key), 23);
+    assert_eq!(sequence_key(1, 1), 0xb1f6_0fe4_aacf_30ee);
+    assert_eq!(values(random), (0x18f0_fae5_15d2_5401, 0x39c0_b7ac_2b67_664b, 0xb619_4ac6_8bab_ecb2));
+    assert_eq!(values(compressible), (0x0b95_f66d_327e_56e5, 0x8473_dd53_2fa8_7dcd, 0x0b95_f66d_327e_4794));
+    let pages = |order: Order| {
+        let sequence = Sequence::new(order.setting(), 1, 1, 1000).unwrap();
+        (0..6).map(|index| sequence.page(index)).collect::<Vec<_>>()
+    };
+    assert_eq!(pages(Order::Seq), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(pages(Order::Random), [942, 602, 397, 961, 166, 112]);
+    assert_eq!(pages(Order::HotCold), [94, 60, 39, 965, 16, 11]);
 }
 
 #[test]
@@ -251,6 +262,7 @@ fn contents_compress_as_promised() {
     };
     for write in [WriteUnit::Word, WriteUnit::Page] {
         let (random, compressible) = (ratio(Contents::Random, write), ratio(Contents::Compressible, write));
+        println!("random {random:.2}, compressible {compressible:.2}");
         assert!(random < 1.01, "{random}");
         assert!((4.0..10.0).contains(&compressible), "{compressible}");
     }
