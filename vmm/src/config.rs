@@ -147,7 +147,7 @@ impl MachineConfig {
             ));
         }
         let unit = if self.huge_pages { 2 << 20 } else { 4096 };
-        if bytes % unit != 0 {
+        if !bytes.is_multiple_of(unit) {
             return Err(invalid(
                 "memory",
                 format!("{} is not a whole number of {} pages", self.memory, ByteSize(unit)),

@@ -110,7 +110,7 @@ fn shape(mut table: Vec<Leaf>, vcpus: u32, tsc_khz: u32) -> Vec<Leaf> {
             FUNCTION_CACHES if leaf.eax & 0x1f != 0 => {
                 let level = leaf.eax >> 5 & 7;
                 let sharing = if level >= 3 { vcpus - 1 } else { 0 };
-                leaf.eax = (leaf.eax & 0x3fff) | (sharing & 0xfff) << 14 | ((1 << id_bits) - 1 & 0x3f) << 26;
+                leaf.eax = (leaf.eax & 0x3fff) | (sharing & 0xfff) << 14 | (((1 << id_bits) - 1) & 0x3f) << 26;
             }
             FUNCTION_PERFORMANCE | FUNCTION_AMD_SVM => {
                 (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0);

@@ -146,6 +146,8 @@ pub(crate) fn host_address(region: &impl GuestMemoryRegion) -> Result<u64, VmmEr
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vm_memory::MmapRegion;
+    use vm_memory::bitmap::AtomicBitmap;
 
     use super::*;
     use crate::config::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
@@ -172,10 +174,11 @@ mod tests {
             let ram = Ram::new(4 << 20, backing, false).unwrap();
             ram.guest().write_obj(7u8, GuestAddress(0x5000)).unwrap();
             let region = ram.guest().iter().next().unwrap();
-            region.bitmap().reset();
+            let mapping: &MmapRegion<AtomicBitmap> = region;
+            mapping.bitmap().reset();
             ram.clear().unwrap();
             assert_eq!(ram.read(0x5000, 1).unwrap(), [0], "{backing:?}");
-            assert!(region.bitmap().is_addr_set(0) && region.bitmap().is_addr_set((4 << 20) - 1));
+            assert!(mapping.bitmap().is_addr_set(0) && mapping.bitmap().is_addr_set((4 << 20) - 1));
         }
     }
 

@@ -1,6 +1,8 @@
 //! The machine on real KVM. Without /dev/kvm every test is skipped by name; where CI is set and /dev/kvm is there, nothing
 //! may be skipped.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod kvm {
     pub(crate) mod boot;
     pub(crate) mod guests;

@@ -86,7 +86,7 @@ impl DirtyLog for KvmDirtyLog {
 /// How many pages a clear covers that begins at `first_page` and has `words` words of bits. KVM wants both multiples of 64,
 /// except for an end that is the slot's own.
 fn clear_extent(region_pages: u64, first_page: u64, words: usize) -> Option<u32> {
-    if first_page % 64 != 0 || first_page >= region_pages {
+    if !first_page.is_multiple_of(64) || first_page >= region_pages {
         return None;
     }
     let asked = (words as u64).checked_mul(64)?;

@@ -74,7 +74,7 @@ pub(crate) fn xsave(vcpu: &VcpuFd, size_bytes: usize) -> Result<Vec<u8>, Error> 
 /// Sets it. `bytes` may be shorter than `size_bytes` (what KVM_CAP_XSAVE2 says here): the rest is zeros.
 pub(crate) fn set_xsave(vcpu: &VcpuFd, bytes: &[u8], size_bytes: usize) -> Result<(), Error> {
     let mut area = xsave_area(size_bytes)?;
-    if bytes.len() > size_bytes.max(size_of::<kvm_xsave>()) || bytes.len() % 4 != 0 {
+    if bytes.len() > size_bytes.max(size_of::<kvm_xsave>()) || !bytes.len().is_multiple_of(4) {
         return Err(Error::new(libc::EINVAL));
     }
     let mut words = bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]));

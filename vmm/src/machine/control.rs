@@ -62,15 +62,10 @@ impl Inner {
         }
         // Without the lock: the thread may be waiting for it.
         let supervisor = lock(&self.supervisor).take();
-        match supervisor {
-            // The machine's own thread held the last reference.
-            Some(thread) if thread.thread().id() == thread::current().id() => {}
-            Some(thread) => {
-                if thread.join().is_err() {
-                    tracing::error!("the machine's thread panicked");
-                }
-            }
-            None => {}
+        // If it is the machine's own thread that held the last reference, it ends by itself.
+        let other = supervisor.filter(|supervisor| supervisor.thread().id() != thread::current().id());
+        if other.is_some_and(|supervisor| supervisor.join().is_err()) {
+            tracing::error!("the machine's thread panicked");
         }
     }
 

@@ -34,8 +34,7 @@ impl Throttle {
     /// Leaves the vCPUs this share of their time.
     pub(super) fn set(&self, share: f64) {
         let mut worker = lock(&self.worker);
-        // Not a number throttles nothing.
-        if !(share < 1.0) {
+        if share.is_nan() || share >= 1.0 {
             if let Some(Worker { shares, thread }) = worker.take() {
                 drop(shares);
                 if thread.join().is_err() {
