@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use godwit_control::qmp::Client;
-use godwit_vmm::workload::layout;
+use godwit_vmm::workload::layout::{self, field};
 use serde_json::{Value, json};
 
 use crate::guest_memory::RemoteMemory;
@@ -175,18 +175,16 @@ impl Node {
         Ok(workload::heartbeats(self.process.pid(), header, vcpus))
     }
 
-    /// Waits until every vCPU's heartbeat advances from where it is now.
-    pub fn wait_for_guest(&mut self, vcpus: usize) -> Result<()> {
+    /// Waits until the guest has filled its memory and every vCPU works.
+    fn wait_for_guest(&mut self, vcpus: usize) -> Result<()> {
         let what = format!("{}: the guest works", self.name);
-        let target = self.process.wait_while_running(&what, START_LIMIT, |process| {
-            // Before the machine is there the socket may not know of any memory yet.
-            let answer =
-                Client::connect(&self.control).ok().and_then(|mut qmp| qmp.execute("query-guest-ram", json!({})).ok());
-            let memory = answer.and_then(|answer| RemoteMemory::from_answer(process.pid(), &answer).ok());
-            let header = memory.and_then(|memory| memory.host_address(layout::HEADER).ok());
-            Ok(header.map(|header| workload::heartbeats(process.pid(), header, vcpus)))
+        let memory = self.memory()?;
+        let mut status = [0; 4];
+        self.process.wait_while_running(&what, START_LIMIT, |_| {
+            memory.read(layout::HEADER + field::STATUS, &mut status)?;
+            Ok((u32::from_le_bytes(status) == layout::status::RUNNING).then_some(()))
         })?;
-        advances(&target, START_LIMIT).with_context(|| what)
+        self.ensure_guest_runs(vcpus)
     }
 
     /// Checks that the guest runs here: every vCPU's heartbeat advances.

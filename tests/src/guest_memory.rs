@@ -42,9 +42,9 @@ impl RemoteMemory {
         };
         let regions = list.iter().map(|region| {
             Ok(Region {
-                guest_address: number(region, "guest-physical-address")?,
+                guest_address: number(region, "guest-address")?,
                 size_bytes: number(region, "size")?,
-                host_address: number(region, "host-virtual-address")?,
+                host_address: number(region, "host-address")?,
             })
         });
         Ok(Self { pid, regions: regions.collect::<Result<_>>()? })
