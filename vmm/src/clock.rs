@@ -87,6 +87,22 @@ impl ClockState {
         self.tsc_distances.iter().map(|distance| first.wrapping_add(*distance)).collect()
     }
 
+    /// Whether the guest can live with the host's own TSC, read as `now`, where KVM lets it have no other: only if that is not
+    /// a step back. (KVM's clock goes on by the true pause all the same.)
+    pub(crate) fn accept_host_tsc(&self, now: &TscReading) -> Result<(), String> {
+        let seconds = |ticks: u64| ticks / (u64::from(self.tsc_khz.max(1)) * 1000);
+        match now.tsc.checked_sub(self.tsc) {
+            None => Err(format!(
+                "this host's KVM cannot set the guest's TSC, which would go back by {} s",
+                seconds(self.tsc - now.tsc)
+            )),
+            Some(ahead) => {
+                tracing::info!("KVM cannot set the guest's TSC here: it goes on {} s ahead", seconds(ahead));
+                Ok(())
+            }
+        }
+    }
+
     /// Sets KVM's clock to where it would be now.
     pub(crate) fn load(&self, vm: &VmFd, clock_offset_ns: i64) -> Result<(), VmmError> {
         let elapsed_ns = elapsed_ns(self.kvmclock_read_at_ns, clock_offset_ns, realtime_ns());
@@ -95,9 +111,12 @@ impl ClockState {
     }
 }
 
-/// Sets a vCPU's TSC offset.
-pub(crate) fn load_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), VmmError> {
-    set_tsc_offset(vcpu, offset).map_err(VmmError::kvm("cannot set the TSC offset"))
+/// Sets a vCPU's TSC offset. False: KVM takes it and ignores it (guests without hardware virtualisation read the host's own
+/// TSC).
+pub(crate) fn load_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<bool, VmmError> {
+    set_tsc_offset(vcpu, offset).map_err(VmmError::kvm("cannot set the TSC offset"))?;
+    let set = tsc_offset(vcpu).map_err(VmmError::kvm("cannot read the TSC offset"))?;
+    Ok(set == offset)
 }
 
 /// This host's CLOCK_REALTIME.
@@ -144,6 +163,14 @@ mod tests {
         let host = now.tsc - now.offset;
         assert_eq!(host + offsets[0], 1_000_000 + 5 * 2_000_000);
         assert_eq!(offsets[1], offsets[0] + 7);
+    }
+
+    #[test]
+    fn a_tsc_that_cannot_be_set_must_not_go_back() {
+        let state = saved(1_000_000, 0, vec![0]);
+        let reading = |tsc| TscReading { tsc, read_at_ns: 0, offset: 0 };
+        assert!(state.accept_host_tsc(&reading(1_000_000)).is_ok());
+        assert!(state.accept_host_tsc(&reading(999_999)).unwrap_err().contains("go back"));
     }
 
     proptest! {

@@ -47,11 +47,14 @@ impl Inner {
             let shape = Arc::clone(&shape);
             vcpu.with(move |fd| {
                 // The TSC before the MSRs: a TSC deadline fires against it.
-                load_tsc_offset(fd, offset)?;
-                state.load(fd, &shape)
+                let tsc_is_set = load_tsc_offset(fd, offset)?;
+                state.load(fd, &shape)?;
+                Ok(tsc_is_set)
             })
         });
-        collect(pending.collect())?;
+        if collect(pending.collect())?.contains(&false) {
+            state.clock.accept_host_tsc(&now).map_err(|reason| VmmError::state("clock", reason))?;
+        }
         // After the LAPICs: what the chips still have to deliver must arrive there.
         state.irqchip.load(self.vm.fd())?;
         state.pit.load(self.vm.fd())?;

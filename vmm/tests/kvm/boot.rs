@@ -1,11 +1,17 @@
 //! Booting, and refusing to.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
+use godwit_core::SourceMachine;
 use godwit_vmm::config::{ByteSize, MemoryBacking, SerialTarget};
 use godwit_vmm::{BootOptions, Machine, MachineConfig, MachineEvent, MachineStatus};
 
-use super::guests::{self, COUNT, config, counter, elf, file, next, read_u32, run, wait_for_progress, wait_until};
+use super::guests::{
+    self, COUNT, config, counter, elf, file, next, pause, read_u32, run, wait_for_progress, wait_until,
+};
 use crate::Test;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -17,6 +23,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::output_reaches_the_serial_port", output_reaches_the_serial_port),
     ("boot::the_keyboard_controller_resets_in_place", the_keyboard_controller_resets_in_place),
     ("boot::a_triple_fault_ends_the_machine_with_registers", a_triple_fault_ends_the_machine_with_registers),
+    ("boot::a_bzimage_runs_at_its_64_bit_entry", a_bzimage_runs_at_its_64_bit_entry),
+    ("boot::a_bzimage_that_does_not_fit_is_refused", a_bzimage_that_does_not_fit_is_refused),
+    ("boot::a_client_talks_to_the_serial_port", a_client_talks_to_the_serial_port),
     ("boot::memory_above_4_gib_is_there", memory_above_4_gib_is_there),
 ];
 
@@ -123,7 +132,7 @@ fn the_keyboard_controller_resets_in_place() {
     let kernel = file(&elf(&code));
     let machine = Machine::boot(&config(&kernel), &BootOptions { start_paused: true }).unwrap();
     let events = machine.events();
-    godwit_core::SourceMachine::resume(&machine).unwrap();
+    machine.resume().unwrap();
     for _ in 0..3 {
         assert_eq!(next(&events), MachineEvent::Reset);
     }
@@ -157,11 +166,105 @@ fn a_triple_fault_ends_the_machine_with_registers() {
     };
     assert!(text.contains("vCPU 0") && text.contains("rcx 0x1234abcd"), "{text}");
     assert!(matches!(machine.status(), MachineStatus::Shutdown | MachineStatus::Faulted));
-    assert!(godwit_core::SourceMachine::resume(&machine).is_err());
-    assert!(godwit_core::SourceMachine::pause(&machine, guests::PATIENCE).is_err());
+    assert!(machine.resume().is_err());
+    assert!(machine.pause(guests::PATIENCE).is_err());
     // Told again to those who come late.
     assert!(machine.events().try_recv().is_ok());
 }
+
+/// A bzImage with this 64-bit code.
+fn bzimage(code: &[u8], init_size: u32) -> Vec<u8> {
+    let mut image = vec![0; 2 * 512 + 0x200];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1fe, &0xaa55u16.to_le_bytes());
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes());
+    // Loaded high; where to.
+    put(0x211, &[1]);
+    put(0x214, &0x10_0000u32.to_le_bytes());
+    put(0x22c, &0x37ff_ffffu32.to_le_bytes());
+    // A 64-bit entry point.
+    put(0x236, &1u16.to_le_bytes());
+    put(0x238, &2047u32.to_le_bytes());
+    put(0x258, &0x10_0000u64.to_le_bytes());
+    put(0x260, &init_size.to_le_bytes());
+    image.extend(code);
+    image
+}
+
+fn a_bzimage_runs_at_its_64_bit_entry() {
+    // mov [COUNTER], rsi; inc dword [COUNTER + 8]; jmp to the last one
+    let code = [0x48, 0x89, 0x34, 0x25, 0x00, 0x00, 0x20, 0x00, 0xff, 0x04, 0x25, 0x08, 0x00, 0x20, 0x00, 0xeb, 0xf7];
+    let kernel = file(&bzimage(&code, 1 << 20));
+    let initrd = file(b"an initial RAM disk");
+    let config = MachineConfig { initrd: Some(initrd.path().into()), cmdline: "quiet".into(), ..config(&kernel) };
+    let machine = run(&config);
+    wait_until("the guest counts", || read_u32(&machine, guests::COUNTER + 8) > 10);
+    let params = u64::from(counter(&machine));
+    assert_eq!(machine.read_memory(params + 0x202, 4).unwrap(), b"HdrS");
+    assert_eq!(machine.read_memory(u64::from(read_u32(&machine, params + 0x228)), 6).unwrap(), b"quiet\0");
+    let (ramdisk, size) = (read_u32(&machine, params + 0x218), read_u32(&machine, params + 0x21c));
+    assert_eq!(machine.read_memory(u64::from(ramdisk), size as usize).unwrap(), b"an initial RAM disk");
+    assert_eq!(machine.read_memory(params + 0x1e8, 1).unwrap(), [3], "ranges of memory");
+}
+
+fn a_bzimage_that_does_not_fit_is_refused() {
+    let kernel = file(&bzimage(&[0xeb, 0xfe], 1 << 30));
+    let error = Machine::boot(&config(&kernel), &BootOptions::default()).err().expect("refused").to_string();
+    assert!(error.contains("needs memory up to"), "{error}");
+}
+
+fn a_client_talks_to_the_serial_port() {
+    // Echoes each byte, one higher.
+    // mov dx, 0x3fd; in al, dx; test al, 1; jz $-3; mov dx, 0x3f8; in al, dx; inc al; out dx, al; jmp to the start
+    let code = [
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xfe, 0xc0, 0xee, 0xeb,
+        0xed,
+    ];
+    let kernel = file(&elf(&code));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("serial");
+    for target in [SerialTarget::Unix(path.clone()), SerialTarget::Pty(path.clone())] {
+        let is_socket = matches!(target, SerialTarget::Unix(_));
+        let machine = run(&MachineConfig { serial: target, ..config(&kernel) });
+        let clients = if is_socket { 2 } else { 1 };
+        for _ in 0..clients {
+            let mut client = connect(&path, is_socket);
+            // More than the port's buffer holds.
+            let sent: Vec<u8> = (0..200).collect();
+            client.write_all(&sent).unwrap();
+            let mut received = vec![0; sent.len()];
+            client.read_exact(&mut received).unwrap();
+            assert!(received.iter().zip(&sent).all(|(received, sent)| *received == sent + 1), "{received:?}");
+            // A paused machine takes nothing in.
+            pause(&machine);
+            client.write_all(b"z").unwrap();
+            let before = machine.save().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert_eq!(before.last(), machine.save().unwrap().last());
+            machine.resume().unwrap();
+            let mut late = [0];
+            client.read_exact(&mut late).unwrap();
+            assert_eq!(&late, b"{");
+        }
+        drop(machine);
+        assert!(fs::symlink_metadata(&path).is_err(), "the path is gone with the machine");
+    }
+}
+
+/// A client of the serial port that gives up after a while.
+fn connect(path: &Path, is_socket: bool) -> Box<dyn ReadWrite> {
+    if is_socket {
+        let client = UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(guests::PATIENCE)).unwrap();
+        return Box::new(client);
+    }
+    Box::new(fs::OpenOptions::new().read(true).write(true).open(path).unwrap())
+}
+
+trait ReadWrite: Read + Write {}
+impl<T: Read + Write> ReadWrite for T {}
 
 fn memory_above_4_gib_is_there() {
     let kernel = file(&elf(COUNT));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use godwit_core::machine::{MachineDescription, SectionVersion};
 use godwit_core::{DestinationHost, DestinationMachine, LoadContext, Section, SourceMachine};
 use godwit_vmm::config::{ByteSize, MemoryBacking, SerialTarget};
+use godwit_vmm::workload::layout;
 use godwit_vmm::{HostOptions, IncomingMachine, KvmHost, Machine, MachineConfig, MachineStatus};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -23,6 +24,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("moves::a_running_machine_is_not_saved", a_running_machine_is_not_saved),
     ("moves::hostile_sections_are_refused", hostile_sections_are_refused),
     ("moves::every_refusal_is_given_by_name", every_refusal_is_given_by_name),
+    ("moves::kvms_clock_goes_on_by_the_true_pause", kvms_clock_goes_on_by_the_true_pause),
+    ("moves::a_tsc_never_goes_back", a_tsc_never_goes_back),
     ("moves::figures", figures),
 ];
 
@@ -279,6 +282,75 @@ fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     [&bytes[..at], to, &bytes[at + to.len()..]].concat()
 }
 
+fn kvms_clock_goes_on_by_the_true_pause() {
+    let source = run(&writer(1));
+    wait_until("it works", || heartbeats(&source, 1)[0] > 3);
+    pause(&source);
+    // `system_time` of the structure that KVM keeps up to date in guest memory.
+    let address = layout::HEADER + layout::field::VCPU_LINES + layout::line::PVCLOCK + 16;
+    let system_time = |machine: &Machine| {
+        Duration::from_nanos(u64::from_le_bytes(machine.read_memory(address, 8).unwrap().try_into().unwrap()))
+    };
+    let left_at = system_time(&source);
+    assert!(left_at > Duration::ZERO);
+    let sections = source.save().unwrap();
+    let paused = Instant::now();
+    let mut incoming = KvmHost::default().prepare(&source.describe().unwrap()).unwrap();
+    copy_memory(&source, &incoming);
+    // As if this host's clock were an hour behind the source's: an hour more has passed than its clock says.
+    let hour = Duration::from_secs(3600);
+    incoming.load(&sections, &LoadContext { clock_offset_ns: -3_600_000_000_000 }).unwrap();
+    incoming.start().unwrap();
+    let destination = incoming.into_machine();
+    wait_until("KVM has updated the clock", || system_time(&destination) > left_at);
+    // What KVM wrote at the source is from a little before it was saved.
+    let advanced = system_time(&destination) - left_at;
+    let slack = Duration::from_secs(5);
+    assert!(advanced >= hour && advanced < hour + paused.elapsed() + slack, "{advanced:?}");
+}
+
+fn a_tsc_never_goes_back() {
+    // rdtsc; mov [COUNTER], eax; mov [COUNTER + 4], edx; jmp to the start
+    let code = [0x0f, 0x31, 0xa3, 0x00, 0x00, 0x20, 0x00, 0x89, 0x15, 0x04, 0x00, 0x20, 0x00, 0xeb, 0xf1];
+    let kernel = file(&elf(&code));
+    let source = run(&config(&kernel));
+    wait_for_progress(&source);
+    pause(&source);
+    let tsc = |machine: &Machine| {
+        let bytes = machine.read_memory(guests::COUNTER, 8).unwrap();
+        u64::from_le_bytes(bytes.try_into().unwrap())
+    };
+    let left_at = tsc(&source);
+    let mut sections = source.save().unwrap();
+    let mut incoming = KvmHost::default().prepare(&source.describe().unwrap()).unwrap();
+    copy_memory(&source, &incoming);
+    incoming.load(&sections, &LoadContext::default()).unwrap();
+
+    // The same guest from a host that has been up for a very long time. The TSC is the third word of its section.
+    let clock = sections.iter_mut().find(|section| section.kind == "clock").unwrap();
+    let far_ahead = 1u64 << 60;
+    clock.payload[16..24].copy_from_slice(&far_ahead.to_le_bytes());
+    match incoming.load(&sections, &LoadContext::default()) {
+        Ok(()) => {
+            incoming.start().unwrap();
+            let destination = incoming.into_machine();
+            wait_until("its time goes on", || tsc(&destination) != left_at);
+            assert!(tsc(&destination) >= far_ahead);
+        }
+        // Where KVM leaves guests the host's own TSC, this move must not take place.
+        Err(error) => assert!(error.to_string().contains("go back"), "{error}"),
+    }
+
+    let sections = source.save().unwrap();
+    let mut incoming = KvmHost::default().prepare(&source.describe().unwrap()).unwrap();
+    copy_memory(&source, &incoming);
+    incoming.load(&sections, &LoadContext::default()).unwrap();
+    incoming.start().unwrap();
+    let destination = incoming.into_machine();
+    wait_until("its time goes on", || tsc(&destination) != left_at);
+    assert!(tsc(&destination) > left_at);
+}
+
 /// Not a judgement but a measurement: what a move costs inside the machine.
 fn figures() {
     for vcpus in [1, 2] {
@@ -306,5 +378,11 @@ fn figures() {
         }
         copy_memory(&source, &incoming);
         time("start", &mut || incoming.start().unwrap());
+        let moved = incoming.into_machine();
+        for _ in 0..3 {
+            time("pause", &mut || pause(&moved));
+            time("resume", &mut || moved.resume().unwrap());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
