@@ -273,7 +273,7 @@ mod tests {
                 }
                 Decoded::Zero(runs) => {
                     for run in runs {
-                        (0..run.pages as u64).for_each(|index| drop(pages.insert(run.frame + index, [0; PAGE_SIZE])));
+                        pages.extend((0..run.pages as u64).map(|index| (run.frame + index, [0; PAGE_SIZE])));
                     }
                 }
                 Decoded::Mark(number) => marks.push(number),

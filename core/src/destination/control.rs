@@ -17,7 +17,7 @@ use crate::message::{Commit, Hello, Message, PreflightRequest, PrepareRequest, P
 use crate::source::MAX_CHANNELS;
 
 /// What the driver tells.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Input {
     /// The peer sent a message.
     Message(Message),
@@ -270,3 +270,6 @@ impl DestinationControl {
         self.actions.push_back(action);
     }
 }
+
+#[cfg(test)]
+mod tests;

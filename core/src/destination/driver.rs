@@ -237,11 +237,9 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         self.join();
         // The peer is given a moment to hear why and close, before the link is closed under it.
         let deadline = Instant::now() + LAST_WORD_LIMIT;
-        while !self.link_lost {
-            match self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Input::LinkLost(_)) | Err(_) => break,
-                Ok(_) => {}
-            }
+        let next = || self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        if !self.link_lost {
+            while next().is_ok_and(|input| !matches!(input, Input::LinkLost(_))) {}
         }
         self.link.hang_up();
         DestinationOutcome::Ended(why)

@@ -70,7 +70,10 @@ const REFUSAL_LIMIT: Duration = Duration::from_secs(5);
 pub fn refuse(control: Channel, reason: &str) {
     let (tell, hear) = mpsc::channel();
     let deadline = Instant::now() + REFUSAL_LIMIT;
-    let heard = move |message: Result<Message, String>| drop(tell.send(message.is_ok()));
+    let heard = move |message: Result<Message, String>| {
+        // Once nobody waits any more there is nobody to tell.
+        let _ = tell.send(message.is_ok());
+    };
     let Ok(link) = ControlLink::start(control, heard) else { return };
     let wait = || hear.recv_timeout(deadline.saturating_duration_since(Instant::now())).unwrap_or(false);
     // Its first message is read before the answer: closing a connection with unread bytes in it could take the answer away.

@@ -6,28 +6,26 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
+use super::data::{CONNECT_LIMIT, Data, Opening};
 use super::flow::Probe;
 use super::state::Shared as Handle;
-use super::worker::{Order, Report, Shared, Worker};
+use super::worker::{Order, Report};
 use super::{CancelError, SourceOutcome};
 use crate::audit;
-use crate::channel::{Dial, HangUp, SessionToken};
-use crate::layout::Layout;
+use crate::channel::{Dial, SessionToken};
 use crate::link::ControlLink;
 use crate::machine::{MachineError, SourceMachine};
 use crate::message::{Message, TimedStep};
-use crate::pending::{Harvester, Pending, forget_vmm_writes};
+use crate::pending::forget_vmm_writes;
 use crate::progress::{Event as Told, Observer};
-use crate::table::{PageHasher, PageTable};
-use crate::touched::TouchedPages;
-use crate::view::MemoryView;
+use crate::table::PageHasher;
 
-/// How long opening a channel may take.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// How long the rehearsed pause may take.
+const REHEARSAL_LIMIT: Duration = Duration::from_secs(1);
 /// A peer that says nothing for this long is taken for lost: pings come every second.
 const SILENCE_LIMIT: Duration = Duration::from_secs(8);
 /// How long the peer may take to close once it has been told that the move is over.
@@ -39,6 +37,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub enum Event {
     /// For the control plane.
     Input(Input),
+    /// The data channels are open, or not.
+    DataOpened(Result<Data, MachineError>),
     /// From a data worker.
     Worker(Report),
     /// Call the move off, and say whether that is still possible.
@@ -70,18 +70,6 @@ pub struct Driver {
 }
 
 type Job = Box<dyn FnOnce() + Send>;
-
-/// What exists once the data channels are open.
-struct Data {
-    shared: Arc<Shared>,
-    harvester: Option<Harvester>,
-    orders: Vec<Sender<Order>>,
-    hang_ups: Vec<Arc<dyn HangUp>>,
-    workers: Vec<JoinHandle<()>>,
-    awaited: usize,
-    pages: u64,
-    sum: u64,
-}
 
 struct Round {
     began: Instant,
@@ -167,6 +155,7 @@ impl Driver {
                 self.input(input);
             }
             Event::Worker(report) => self.worker(report),
+            Event::DataOpened(opened) => self.data_opened(opened),
             Event::Cancel(answer) => {
                 let allowed = self.control.may_cancel();
                 // Whether anybody still waits for the answer makes no difference.
@@ -283,64 +272,41 @@ impl Driver {
         }
     }
 
+    /// On a thread of its own, as connecting is.
     fn open_data(&mut self, token: SessionToken, table_seed: u64) {
-        match self.try_open_data(token, table_seed) {
+        let opening = Opening {
+            machine: Arc::clone(&self.machine),
+            dial: Arc::clone(&self.dial),
+            flow: Arc::clone(&self.handle.flow),
+            events: self.sender.clone(),
+            hasher: PageHasher::new(table_seed, self.verify),
+            channels: self.channels,
+            compression: self.control.compression(),
+            token,
+        };
+        let events = self.sender.clone();
+        let spawned = thread::Builder::new().name("open-data".into()).spawn(move || {
+            let _ = events.send(Event::DataOpened(opening.open()));
+        });
+        if let Err(error) = spawned {
+            self.input(Input::Failed(format!("no thread could be started to open data channels: {error}")));
+        }
+    }
+
+    fn data_opened(&mut self, opened: Result<Data, MachineError>) {
+        match opened {
             Ok(data) => {
+                self.handle.set_data(Arc::clone(&data.shared));
                 self.data = Some(data);
+                // The move may have ended meanwhile: then the channels end too.
+                if self.handle.flow.check_stopped().is_err() {
+                    self.hang_up();
+                }
                 let capped = self.handle.flow.bytes_per_s().is_some();
                 self.input(Input::Done(Done::DataOpened { capped }));
             }
             Err(why) => self.input(Input::Failed(why.to_string())),
         }
-    }
-
-    fn try_open_data(&mut self, token: SessionToken, table_seed: u64) -> Result<Data, MachineError> {
-        let description = self.machine.describe()?;
-        let layout = Layout::new(&description.memory)
-            .map_err(|error| MachineError::with_source("the machine's description", error))?;
-        let memory = self.machine.memory();
-        let touched = TouchedPages::new(&memory)
-            .map_err(|error| MachineError::with_source("cannot read this process's page map", error))?;
-        let layout = Arc::new(layout);
-        let shared = Arc::new(Shared {
-            machine: Arc::clone(&self.machine),
-            view: MemoryView::new(memory, Arc::clone(&layout))?,
-            pending: Pending::new(&layout),
-            table: PageTable::new(&layout),
-            hasher: PageHasher::new(table_seed, self.verify),
-            touched,
-            flow: Arc::clone(&self.handle.flow),
-            channels: usize::from(self.channels),
-            compression: self.control.compression(),
-        });
-        let mut data = Data {
-            harvester: Some(Harvester::new(&layout)),
-            shared: Arc::clone(&shared),
-            orders: Vec::new(),
-            hang_ups: Vec::new(),
-            workers: Vec::new(),
-            awaited: 0,
-            pages: 0,
-            sum: 0,
-        };
-        for index in 0..self.channels {
-            let cannot = |error| {
-                MachineError::with_source(format!("cannot open data channel {index} to {}", self.dial.uri()), error)
-            };
-            let channel = self.dial.data(token, index, CONNECT_LIMIT).map_err(cannot)?;
-            let worker = Worker::new(Arc::clone(&shared), index.into(), channel.writer).map_err(cannot)?;
-            let (orders, queue) = mpsc::channel();
-            let events = self.sender.clone();
-            let thread = thread::Builder::new()
-                .name(format!("data-{index}"))
-                .spawn(move || worker.run(&queue, &events))
-                .map_err(cannot)?;
-            data.orders.push(orders);
-            data.hang_ups.push(channel.hang_up);
-            data.workers.push(thread);
-        }
-        self.handle.set_data(Arc::clone(&shared));
-        Ok(data)
     }
 
     fn start_log(&mut self) {
@@ -398,7 +364,7 @@ impl Driver {
             ..RoundSent::default()
         };
         let harvesting = Instant::now();
-        if let Err(error) = harvest(data) {
+        if let Err(error) = data.harvest() {
             return self.input(Input::Failed(error.to_string()));
         }
         sent.harvest = harvesting.elapsed();
@@ -444,12 +410,10 @@ impl Driver {
     fn close_link(&mut self) {
         let Some(link) = self.handle.link() else { return };
         let deadline = Instant::now() + LAST_WORD_LIMIT;
-        while !self.link_lost {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Input(Input::LinkLost(_))) | Err(_) => break,
-                Ok(Event::Cancel(answer)) => drop(answer.send(Err(CancelError::Ended))),
-                Ok(_) => {}
-            }
+        let next = || self.events.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        if !self.link_lost {
+            // Whoever asks to cancel now finds the channel closed, which says that the move has ended.
+            while next().is_ok_and(|event| !matches!(event, Event::Input(Input::LinkLost(_)))) {}
         }
         link.hang_up();
     }
@@ -492,29 +456,11 @@ impl Driver {
     }
 }
 
-impl Data {
-    /// Lets the workers end: there will be no more orders. They are to be joined.
-    fn dismiss(&mut self) -> Vec<JoinHandle<()>> {
-        self.orders.clear();
-        std::mem::take(&mut self.workers)
-    }
-}
-
-fn harvest(data: &mut Data) -> Result<(), MachineError> {
-    let shared = &data.shared;
-    match &mut data.harvester {
-        Some(harvester) => {
-            harvester.harvest(shared.view.layout(), shared.machine.dirty_log(), shared.view.memory(), &shared.pending)
-        }
-        None => Ok(()),
-    }
-}
-
 /// Pauses, saves and lets run on, as a rehearsal: what cannot be saved is found now, and what it takes is known.
 fn rehearse(machine: &dyn SourceMachine) -> Result<Done, MachineError> {
     let running = machine.is_running();
     let began = Instant::now();
-    machine.pause(CONNECT_LIMIT)?;
+    machine.pause(REHEARSAL_LIMIT)?;
     let saved = machine.save();
     let pause = began.elapsed();
     if running {

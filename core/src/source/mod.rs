@@ -1,6 +1,7 @@
 //! The sending end of a move.
 
 mod control;
+mod data;
 mod driver;
 mod flow;
 mod state;

@@ -1,0 +1,153 @@
+//! What the source's control plane is told, and what it answers.
+
+use std::time::Duration;
+
+use crate::channel::SessionToken;
+use crate::machine::{MachineDescription, Section};
+use crate::message::{Message, TimedStep};
+use crate::phase::Phase;
+use crate::progress::RoundReport;
+use crate::source::SourceOutcome;
+
+/// What the driver tells.
+#[derive(Debug)]
+pub enum Input {
+    /// The peer sent a message.
+    Message(Message),
+    /// The control link broke; why.
+    LinkLost(String),
+    /// An action has been carried out.
+    Done(Done),
+    /// An action failed; what and why.
+    Failed(String),
+    /// Somebody wants the move called off.
+    Cancel,
+    /// Somebody says go on.
+    Proceed,
+    /// A test lets go of its hold.
+    Release,
+    /// The downtime limit was changed.
+    DowntimeLimit(Duration),
+    /// Time has passed.
+    Tick,
+}
+
+/// Actions that take time, done.
+#[derive(Debug)]
+pub enum Done {
+    /// The control channel is open.
+    Connected,
+    /// The machine was described.
+    Described(MachineDescription),
+    /// Pausing, saving and resuming were rehearsed.
+    Rehearsed {
+        /// The state, soon stale.
+        sections: Vec<Section>,
+        /// How long the guest was paused for it.
+        pause: Duration,
+    },
+    /// All data channels are open.
+    DataOpened {
+        /// Whether a cap is in force.
+        capped: bool,
+    },
+    /// A probe was acknowledged.
+    Probed {
+        /// What was sent.
+        bytes: u64,
+        /// Until it was acknowledged.
+        duration: Duration,
+    },
+    /// The dirty log runs and every page is pending.
+    LogStarted,
+    /// A round has been sent and the dirty pages counted.
+    RoundSent(RoundSent),
+    /// The guest is paused, its state saved, the last dirty pages are pending.
+    Stopped {
+        /// Its state.
+        sections: Vec<Section>,
+        /// How long each step took.
+        steps: Vec<TimedStep>,
+    },
+    /// All channels have ended.
+    FinalSent {
+        /// The sum of the page table.
+        sum: u64,
+    },
+    /// The guest is as it was before the move.
+    Restored(Result<(), String>),
+    /// The stopped guest's memory was hashed against the table.
+    Audited(String),
+}
+
+/// What a round has been.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RoundSent {
+    /// How long it took.
+    pub duration: Duration,
+    /// Pages sent or noted as zero.
+    pub pages: u64,
+    /// Bytes given to sockets.
+    pub wire_bytes: u64,
+    /// Pages dirty now.
+    pub dirty_pages: u64,
+    /// Bytes sent and not acknowledged.
+    pub queued_bytes: u64,
+    /// How long the harvest took.
+    pub harvest: Duration,
+    /// Whether a cap was in force at some time in it.
+    pub capped: bool,
+}
+
+/// What the driver is to do. All but the first group answer with a [`Done`] or [`Input::Failed`].
+#[derive(Debug)]
+pub enum Action {
+    /// Tell the observer.
+    Enter(Phase),
+    /// Tell the observer.
+    RoundEnded(RoundReport),
+    /// Tell the observer.
+    Say(String),
+    /// Send a message.
+    Send(Message),
+    /// Let the workers leave their round at the next stripe; the round then ends as usual.
+    CutRound,
+    /// Hang up, and end the workers.
+    HangUp,
+    /// The end.
+    Finish(Box<SourceOutcome>),
+
+    /// Open the control channel.
+    Connect,
+    /// Describe the machine.
+    Describe,
+    /// Pause, save, resume, with the clock running.
+    Rehearse,
+    /// Open the data channels.
+    OpenData {
+        /// What they show.
+        token: SessionToken,
+        /// Seed of the page hashes.
+        table_seed: u64,
+    },
+    /// Send so many bytes that mean nothing, and a mark.
+    Probe(u64),
+    /// Start the dirty log.
+    StartLog,
+    /// Visit every stripe.
+    Round {
+        /// The first pass leaves untouched pages out.
+        first: bool,
+    },
+    /// Pause, save, harvest.
+    StopGuest,
+    /// Send what is left, without cap, and end the channels.
+    SendFinal,
+    /// Resume the guest if told so, stop the log, lift the throttle.
+    Restore {
+        /// Let it run.
+        resume: bool,
+    },
+    /// Hash the stopped guest's memory against the table.
+    Audit,
+}
