@@ -122,14 +122,9 @@ impl Model {
     /// Lets one vCPU write its next page.
     pub(super) fn step(&mut self, vcpu: usize) {
         let Some(frame) = self.next_frame(vcpu) else { return };
-        let (rule, key) = (self.rule, page_key(self.config.seed, frame));
-        self.previous.insert(frame, *self.page(self.frame_address(frame)));
-        let page = self.page_mut(self.frame_address(frame)).as_mut_ptr();
-        // SAFETY: a whole page of modelled memory.
-        match self.config.write {
-            WriteUnit::Word => unsafe { writer::write_word(page, rule, key) },
-            WriteUnit::Page => unsafe { writer::write_page(page, rule, key) },
-        }
+        let address = self.frame_address(frame);
+        self.previous.insert(frame, *self.page(address));
+        *self.page_mut(address) = self.written_once_more(frame);
         self.vcpus[vcpu].writes += 1;
         self.put(HEADER + vcpu_line(vcpu) + line::WRITES, self.vcpus[vcpu].writes);
     }
@@ -137,13 +132,20 @@ impl Model {
     /// Stops one vCPU in the middle of its next write: `words` words are new, and the count is not advanced.
     pub(super) fn step_partly(&mut self, vcpu: usize, words: usize) {
         let Some(frame) = self.next_frame(vcpu) else { return };
-        let address = self.frame_address(frame);
-        let old = *self.page(address);
-        let (count, writes) = (HEADER + vcpu_line(vcpu) + line::WRITES, self.vcpus[vcpu].writes);
-        self.step(vcpu);
-        self.page_mut(address)[words..].copy_from_slice(&old[words..]);
-        self.vcpus[vcpu].writes = writes;
-        self.put(count, writes);
+        let (address, new) = (self.frame_address(frame), self.written_once_more(frame));
+        self.page_mut(address)[..words].copy_from_slice(&new[..words]);
+    }
+
+    /// What a frame holds after one more write.
+    pub(super) fn written_once_more(&self, frame: u64) -> Page {
+        let mut page = *self.page(self.frame_address(frame));
+        let key = page_key(self.config.seed, frame);
+        // SAFETY: a whole page.
+        match self.config.write {
+            WriteUnit::Word => unsafe { writer::write_word(page.as_mut_ptr(), self.rule, key) },
+            WriteUnit::Page => unsafe { writer::write_page(page.as_mut_ptr(), self.rule, key) },
+        }
+        page
     }
 
     /// The frame that a vCPU writes next.

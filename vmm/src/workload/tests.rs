@@ -137,6 +137,34 @@ proptest! {
     }
 
     #[test]
+    fn a_write_that_is_not_counted_is_found(case in case(), pick: prop::sample::Index, words in 1..=PAGE_WORDS) {
+        let mut model = case.run();
+        let working_set = case.config.working_set_bytes / PAGE_BYTES;
+        let frame = pick.index(working_set as usize) as u64;
+        prop_assume!(!in_flight(&model, case.vcpus, frame));
+        let (old, new) = (*model.page(model.frame_address(frame)), model.written_once_more(frame));
+        model.page_mut(model.frame_address(frame))[..words].copy_from_slice(&new[..words]);
+        prop_assume!(*model.page(model.frame_address(frame)) != old);
+        let mismatch = only_mismatch(&model);
+        prop_assert_eq!(mismatch.place, Place::Frame { frame });
+        if *model.page(model.frame_address(frame)) == new && old != [0; PAGE_WORDS] {
+            prop_assert_eq!(mismatch.kind, MismatchKind::Newer { versions: 1 });
+        }
+    }
+
+    #[test]
+    fn a_write_from_back_to_front_is_found(case in case(), words in 1..PAGE_WORDS) {
+        let config = WriterConfig { write: WriteUnit::Page, ..case.config };
+        let mut model = Case { config, partly: vec![0; 4], ..case }.run();
+        let frame = model.next_frame(0);
+        prop_assume!(frame.is_some());
+        let frame = frame.unwrap_or_default();
+        let new = model.written_once_more(frame);
+        model.page_mut(model.frame_address(frame))[words..].copy_from_slice(&new[words..]);
+        prop_assert_eq!(only_mismatch(&model).place, Place::Frame { frame });
+    }
+
+    #[test]
     fn a_write_where_none_belongs_is_found(case in case(), unused in 1..=UNUSED_FRAMES, word in 0..PAGE_WORDS, value in 1..u64::MAX) {
         let mut model = case.run();
         let frame = LOW_FRAMES + HIGH_FRAMES - unused;
