@@ -1,6 +1,8 @@
 //! What a machine is made of, and its file MACHINE.toml (docs/machine.md describes it key by key).
 
 mod size;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::fs;
@@ -93,8 +95,11 @@ impl MachineConfig {
 
     /// Parses the text of a machine file; `origin` names it in errors.
     pub fn from_toml(text: &str, origin: &str) -> Result<Self, ConfigError> {
-        toml::from_str(text)
-            .map_err(|source| ConfigError::Parse { origin: origin.to_owned(), source: Box::new(source) })
+        toml::from_str(text).map_err(|error| ConfigError::Parse {
+            origin: origin.to_owned(),
+            place: place(text, error.span()),
+            reason: error.message().to_owned(),
+        })
     }
 
     /// The machine as a file, every default spelled out.
@@ -311,12 +316,14 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// It is not TOML, or a key is unknown, missing or of the wrong kind.
-    #[error("cannot use the machine file {origin}: {source}")]
+    #[error("cannot use the machine file {origin}{place}: {reason}")]
     Parse {
         /// The file.
         origin: String,
-        /// Where in it, and why.
-        source: Box<toml::de::Error>,
+        /// Where in it.
+        place: String,
+        /// Why.
+        reason: String,
     },
     /// A value makes no sense.
     #[error("{key}: {reason}")]
@@ -329,6 +336,16 @@ pub enum ConfigError {
     /// It could not be written as TOML.
     #[error("cannot write the machine's definition as TOML")]
     Write(#[source] toml::ser::Error),
+}
+
+/// The line on which an error is, and what it says.
+fn place(text: &str, span: Option<std::ops::Range<usize>>) -> String {
+    let Some(before) = span.and_then(|span| text.get(..span.start)) else { return String::new() };
+    let number = before.matches('\n').count();
+    match text.lines().nth(number) {
+        Some(line) if !line.trim().is_empty() => format!(", line {} (`{}`)", number + 1, line.trim()),
+        _ => String::new(),
+    }
 }
 
 fn invalid(key: &'static str, reason: impl Into<String>) -> ConfigError {
