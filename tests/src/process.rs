@@ -20,7 +20,9 @@ use crate::wait;
 const REAP_LIMIT: Duration = Duration::from_secs(10);
 
 /// How much of a log is shown when something fails.
-const SHOWN_LINES: usize = 40;
+const SHOWN_LINES: usize = 30;
+/// Longer lines (events with whole reports in them) are cut.
+const SHOWN_CHARACTERS: usize = 400;
 
 /// A running child process. Dropping it kills it.
 pub struct Process {
@@ -116,7 +118,8 @@ impl Drop for Process {
 /// The last lines of a log.
 pub fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(SHOWN_LINES)..].iter().map(|line| format!("    {line}\n")).collect()
+    let shown = lines[lines.len().saturating_sub(SHOWN_LINES)..].iter();
+    shown.map(|line| format!("    {}\n", line.chars().take(SHOWN_CHARACTERS).collect::<String>())).collect()
 }
 
 /// Has the child killed with us, and started in `namespace`.

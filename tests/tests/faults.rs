@@ -31,8 +31,8 @@ const WORKLOAD: Workload = Workload {
     seed: 11,
 };
 
-/// Slow enough that there are rounds after the first pass.
-const OPTIONS: [&str; 4] = ["--max-bandwidth", "2Gbit", "--downtime-limit", "15ms"];
+/// So slow, as far as the engine can know, that there must be rounds after the first pass.
+const OPTIONS: [&str; 4] = ["--max-bandwidth", "2Gbit", "--switchover-bandwidth", "500Mbit"];
 
 fn main() {
     let mut tests = Vec::new();

@@ -64,11 +64,16 @@ fn kvm(name: impl Into<String>, run: impl FnOnce(&Scene) -> Result<()> + Send + 
     harness::test(name, &[Need::Kvm], run)
 }
 
+/// So slow, as far as the engine can know, that there must be rounds after the first pass.
+const SLOW: [&str; 4] = ["--max-bandwidth", "2Gbit", "--switchover-bandwidth", "500Mbit"];
+
 /// One move, and the end of the process that sent.
 fn over(scene: &Scene, listen: &str, workload: &Workload, options: &[&str]) -> Result<()> {
     let mut source = Node::sender(scene, "source", None, workload, &[])?;
     let destination = Node::receiver(scene, "destination", None, listen, &[])?;
-    source.move_to(&destination.uri()?, options, LIMIT)?.ensure_moved(&destination, workload)?;
+    let options = [&SLOW[..], options].concat();
+    let outcome = source.move_to(&destination.uri()?, &options, LIMIT)?.ensure_moved(&destination, workload)?;
+    ensure!(outcome["rounds"].as_u64() >= Some(1), "no round was tested: {outcome}");
     let status = source.process.wait(LIMIT)?;
     ensure!(status.code() == Some(0), "a sender whose machine has moved ended with {status}");
     Ok(())

@@ -28,7 +28,7 @@ const WORKLOAD: Workload = Workload {
     fill: "512M",
     working_set: "256M",
     rate: "20000",
-    order: "seq",
+    order: "random",
     write: "word",
     contents: "random",
     seed: 1,
@@ -38,8 +38,9 @@ const MEMORY_PAGES: u64 = (1 << 30) / 4096;
 const CAP: &str = "1Gbit";
 const CAP_BYTES_PER_S: f64 = 125e6;
 
-/// Short enough that the working set must shrink over several rounds.
-const DOWNTIME_LIMIT: &str = "30ms";
+/// Together so little that the working set must shrink over several rounds before it fits into the pause.
+const DOWNTIME_LIMIT: &str = "50ms";
+const SWITCHOVER_BANDWIDTH: &str = "4Gbit";
 
 /// Fewer would not show that the rounds converge.
 const MIN_ROUNDS: u64 = 3;
@@ -121,7 +122,8 @@ impl Run {
             header_bytes,
             cap_bytes_per_s: CAP_BYTES_PER_S,
         };
-        let options = ["--max-bandwidth", CAP, "--downtime-limit", DOWNTIME_LIMIT];
+        let switchover = ["--downtime-limit", DOWNTIME_LIMIT, "--switchover-bandwidth", SWITCHOVER_BANDWIDTH];
+        let options = [&["--max-bandwidth", CAP], &switchover[..]].concat();
         let mut ticker = Ticker::default();
         let target = from.heartbeats(WORKLOAD.vcpus)?;
         let measured = measure(from, to, target, Some(link), &options, MOVE_LIMIT, |answer| ticker.show(answer))?;
