@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use godwit_core::Phase;
 use godwit_core::progress::{Progress, RoundReport};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -80,7 +81,11 @@ impl Default for Display {
 
 /// Where a move stands, on one line.
 pub fn progress_text(progress: &Progress) -> String {
-    let phase = progress.phase.map_or_else(|| "starting".to_owned(), |phase| phase.to_string());
+    let phase = match progress.phase {
+        Some(phase) if phase >= Phase::FirstPass => phase,
+        Some(phase) => return phase.to_string(),
+        None => return "starting".into(),
+    };
     let mut text = format!(
         "{phase}, round {}: {} left, {}",
         progress.round,
@@ -102,8 +107,6 @@ pub fn progress_text(progress: &Progress) -> String {
 
 #[cfg(test)]
 mod tests {
-    use godwit_core::Phase;
-
     use super::*;
 
     #[test]
@@ -124,6 +127,7 @@ mod tests {
             "rounds, round 3: 120 MiB left, 941 Mbit/s (cap 1.00 Gbit/s), guest dirties 30000 pages/s, predicted pause \
              4.2 ms, 12.3 s to go"
         );
-        assert!(progress_text(&Progress::default()).starts_with("starting"));
+        assert_eq!(progress_text(&Progress { phase: Some(Phase::Preflight), ..progress }), "preflight");
+        assert_eq!(progress_text(&Progress::default()), "starting");
     }
 }

@@ -6,7 +6,8 @@ use crate::units::{approximate_bytes, approximate_ms, approximate_rate};
 /// The lines of the table; the last one says what state the guest is in, and where.
 pub fn summary(outcome: &Outcome) -> Vec<String> {
     let mut lines = Vec::new();
-    if outcome.total_ms > 0.0 {
+    // Without a first pass there is nothing to show.
+    if !outcome.round_reports.is_empty() {
         table(outcome, &mut lines);
     }
     for reason in &outcome.reasons {
@@ -52,7 +53,7 @@ fn precise_ms(ms: f64) -> String {
 #[cfg(test)]
 mod tests {
     use godwit_core::Refusal;
-    use godwit_core::progress::{Report, Step};
+    use godwit_core::progress::{Report, RoundReport, Step};
     use godwit_core::source::SourceOutcome;
 
     use super::*;
@@ -63,6 +64,7 @@ mod tests {
             total_ms: 1234.5,
             downtime_ms: Some(4.25),
             wire_bytes: 1 << 30,
+            rounds: vec![RoundReport::default()],
             steps: vec![Step { end: "source", name: "pause the vCPUs".into(), duration_ms: 0.5 }],
             ..Report::default()
         };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_control::console::{out, say};
 use godwit_control::keeper::KeeperHandle;
@@ -15,6 +15,11 @@ use serde_json::json;
 
 /// How often it is looked whether the listener is still open.
 const ACCEPT_POLL: Duration = Duration::from_secs(1);
+
+/// For so long a peer is kept waiting while another one's move comes in, in case that has just failed.
+const CLEAR_UP_LIMIT: Duration = Duration::from_millis(500);
+
+const CLEAR_UP_POLL: Duration = Duration::from_millis(5);
 
 /// What is needed to take a machine in.
 pub(crate) struct Reception {
@@ -40,6 +45,7 @@ impl Reception {
     pub(crate) fn run(self: Arc<Self>) -> Result<(), TransportError> {
         loop {
             let Some(control) = self.listener.next_control(ACCEPT_POLL)? else { continue };
+            self.let_the_last_one_leave();
             if let Some(busy) = self.keeper.busy_with() {
                 self.turn_away(control, &busy);
                 continue;
@@ -52,6 +58,14 @@ impl Reception {
             if let Err(error) = spawned {
                 self.keeper.incoming_failed(&format!("no thread could be started: {error}"));
             }
+        }
+    }
+
+    /// A source that tries again at once must not be turned away because its first try is still being cleared up.
+    fn let_the_last_one_leave(&self) {
+        let deadline = Instant::now() + CLEAR_UP_LIMIT;
+        while self.keeper.is_taking_in() && Instant::now() < deadline {
+            thread::sleep(CLEAR_UP_POLL);
         }
     }
 
@@ -79,7 +93,7 @@ impl Reception {
                 self.keeper.publish("GODWIT_ARRIVED", json!({ "name": name, "running": running, "report": report }));
             }
             DestinationOutcome::Ended(why) => {
-                say(format_args!("{peer}: {why}; listening again"));
+                say(format_args!("{why}; listening again"));
                 self.keeper.incoming_failed(&why);
                 self.say_listening();
             }

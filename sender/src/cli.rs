@@ -96,7 +96,7 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Write the workload guest as an ELF file that other VMMs boot too, and exit
-    #[arg(long, value_name = "FILE", requires = "guest")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) export_elf: Option<PathBuf>,
 }
 
@@ -152,9 +152,9 @@ pub(crate) struct MigrateArgs {
     /// After the handover, hash the stopped source's memory once more against what was sent
     #[arg(long)]
     pub(crate) audit: bool,
-    /// Who decides which host owns the machine: `none`, as there is no shared storage without disks
-    #[arg(long, value_name = "none")]
-    pub(crate) ownership: Option<OwnershipArg>,
+    /// Who decides which host owns the machine: `none`, as without disks there is no shared storage
+    #[arg(long, value_name = "none", value_parser = ["none"])]
+    ownership: Option<String>,
     /// Allow clear text off loopback
     #[arg(long)]
     pub(crate) insecure: bool,
@@ -179,12 +179,6 @@ pub(crate) enum OnStallArg {
 pub(crate) enum Switch {
     On,
     Off,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum OwnershipArg {
-    /// Nothing but the two ends: after the handover the source waits for the destination's word or a person's
-    None,
 }
 
 #[derive(Debug, Args)]

@@ -97,6 +97,9 @@ fn status(args: &StatusArgs, json: bool) -> Result<ExitCode, Failure> {
         }
     } else if let Some(uri) = migration["uri"].as_str() {
         let outcome = &migration["outcome"];
+        for reason in outcome["reasons"].as_array().into_iter().flatten() {
+            out(format_args!("reason: {}", text(reason)));
+        }
         out(format_args!("last move, to {uri}: {}: {}", text(&outcome["outcome"]), text(&outcome["state"])));
     }
     Ok(ExitCode::SUCCESS)

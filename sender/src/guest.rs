@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use godwit_control::console::{out, say};
+use godwit_control::console::out;
 use godwit_control::qmp::Client;
 use serde_json::{Value, json};
 
@@ -48,8 +48,8 @@ fn tell(answer: &Value, json: bool) {
     }
     for (name, value) in answer.as_object().into_iter().flatten() {
         match value {
-            Value::String(text) => say(format_args!("{name}: {text}")),
-            value => say(format_args!("{name}: {value}")),
+            Value::String(text) => out(format_args!("{name}: {text}")),
+            value => out(format_args!("{name}: {value}")),
         }
     }
 }

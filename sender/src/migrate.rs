@@ -11,19 +11,19 @@ use godwit_transport::Uri;
 use serde_json::{Value, json};
 
 use crate::Failure;
-use crate::cli::{MigrateArgs, OnStallArg, OwnershipArg, Switch};
+use crate::cli::{MigrateArgs, OnStallArg, Switch};
 use crate::follow::{OnInterrupt, follow};
+
+/// Machines have no disks yet, so that there is only this way.
+const OWNERSHIP_NONE: &str = "ownership none (the machine has no disk on shared storage): should the network break \
+                              during the handover, a person decides which host has the machine";
 
 /// Moves the machine, or only looks whether it could be moved.
 pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failure> {
     let uri = checked_uri(args)?;
     let parameters = parameters(args)?;
     let mut client = Client::connect(&args.control.path())?;
-    if let Some(OwnershipArg::None) = args.ownership {
-        say(
-            "--ownership none: if the network breaks during the handover, a person decides which host owns the machine",
-        );
-    }
+    say(OWNERSHIP_NONE);
     let mut request = json!({
         "uri": uri,
         "parameters": parameters,
@@ -51,7 +51,7 @@ pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failur
 
 /// The URI in its full form. What can be told to be wrong without asking anybody is a mistake in the command line.
 fn checked_uri(args: &MigrateArgs) -> Result<String, Failure> {
-    let usage = |error: &dyn std::error::Error| Failure::Usage(format!("--to {}: {error}", args.to));
+    let usage = |error: &dyn std::error::Error| Failure::Usage(format!("--to: {error}"));
     let uri: Uri = args.to.parse().map_err(|error| usage(&error))?;
     let options = godwit_transport::Options { insecure: args.insecure };
     godwit_transport::connect(&uri, options).map_err(|error| usage(&error))?;

@@ -10,7 +10,7 @@ use godwit_control::keeper::{End, Keeper};
 use godwit_control::parameters::Settings;
 use godwit_control::qmp::Hub;
 use godwit_control::qmp::socket::ControlSocket;
-use godwit_vmm::config::SerialTarget;
+use godwit_vmm::config::{GuestKind, SerialTarget};
 use godwit_vmm::{BootOptions, Machine, MachineConfig, workload};
 use serde_json::json;
 
@@ -68,6 +68,9 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
 }
 
 fn export_elf(config: &MachineConfig, path: &Path) -> Result<ExitCode, Failure> {
+    if config.guest != Some(GuestKind::Writer) {
+        return Err(Failure::Usage("--export-elf writes the workload guest: give --guest writer too".into()));
+    }
     let writer = config.writer.clone().unwrap_or_default();
     fs::write(path, workload::elf(&writer)).with_context(|| format!("cannot write {}", path.display()))?;
     say(format_args!("wrote the workload guest to {}", path.display()));

@@ -274,6 +274,11 @@ impl KeeperHandle {
         }
     }
 
+    /// A machine is coming in at the moment.
+    pub fn is_taking_in(&self) -> bool {
+        self.0.state().incoming.is_some()
+    }
+
     /// Tells an event of the program's own.
     pub fn publish(&self, name: &str, data: Value) {
         self.0.hub.publish(name, data);
