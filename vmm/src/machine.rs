@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use godwit_core::{DirtyLog, GuestMemory, LoadContext, MachineDescription, MachineError, Section, SourceMachine};
 
+pub(crate) use self::build::host_tsc_khz;
 use self::events::{Life, Subscribers};
 pub(crate) use self::reset::BootFiles;
 use self::reset::PowerOn;

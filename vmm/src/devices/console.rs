@@ -1,7 +1,7 @@
 //! What a serial port is connected to on the host, and the thread that brings input in.
 //!
-//! Output never makes a vCPU wait for a slow reader (except for standard output and files, which are written as they are):
-//! what a terminal or socket does not take at once is dropped, as on a real line without flow control.
+//! Output never makes a vCPU wait for long: what a terminal or socket does not take at once, and what standard output does not
+//! take within a moment, is dropped, as on a real line without flow control.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 use std::{mem, ptr};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +21,9 @@ use super::serial::{UartInput, eventfd};
 use crate::config::SerialTarget;
 use crate::error::VmmError;
 use crate::sync::lock;
+
+/// How long standard output may make a vCPU wait for each piece of output.
+const STDOUT_PATIENCE: Duration = Duration::from_millis(100);
 
 /// A console.
 pub(super) struct Console {
@@ -131,6 +135,7 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let result = match &self.0.line {
             Line::None => Ok(()),
+            Line::Stdio if !writable_soon(libc::STDOUT_FILENO) => Ok(()),
             Line::Stdio => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
             Line::Pty { master, .. } => (&*master).write_all(bytes),
             Line::File(file) => (&*file).write_all(bytes),
@@ -266,6 +271,21 @@ fn poll_two(wake: RawFd, input: Option<RawFd>) -> bool {
     // SAFETY: the array is as long as stated and lives through the call.
     let count = unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, -1) };
     count > 0 && entries[1].revents != 0
+}
+
+/// Waits until a descriptor takes output, for a moment.
+fn writable_soon(fd: RawFd) -> bool {
+    let until = Instant::now() + STDOUT_PATIENCE;
+    loop {
+        let mut entry = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+        let left = until.saturating_duration_since(Instant::now());
+        // SAFETY: one entry, which lives through the call.
+        match unsafe { libc::poll(&mut entry, 1, left.as_millis() as libc::c_int) } {
+            // Interrupted, for example by a kick.
+            -1 if !left.is_zero() => {}
+            count => return count > 0,
+        }
+    }
 }
 
 fn listen(path: &Path) -> io::Result<Line> {

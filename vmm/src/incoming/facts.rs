@@ -14,6 +14,7 @@ use crate::cpuid::{self, Feature};
 use crate::description::Described;
 use crate::error::{VmmError, chain};
 use crate::kvm::Vm;
+use crate::machine::host_tsc_khz;
 use crate::preflight::{HostFacts, MemoryFacts};
 use crate::vcpu::msr;
 
@@ -42,8 +43,7 @@ pub(super) fn gather(machine: &Described, options: &HostOptions) -> Result<HostF
 fn probe(kvm: &Kvm, machine: &Described) -> Result<HostFacts, VmmError> {
     let vm = Vm::new(kvm)?;
     let vcpu = vm.fd().create_vcpu(0).map_err(VmmError::kvm("cannot create a vCPU"))?;
-    let tsc_khz =
-        vcpu.get_tsc_khz().map_err(VmmError::kvm("cannot read the TSC's frequency (is the host's TSC stable?)"))?;
+    let tsc_khz = host_tsc_khz(&vcpu)?;
     Ok(HostFacts {
         offered: cpuid::offered(kvm, machine.config.vcpus, tsc_khz)?,
         msrs: msrs_of_guest(machine, &vcpu)?,
@@ -55,8 +55,7 @@ fn probe(kvm: &Kvm, machine: &Described) -> Result<HostFacts, VmmError> {
     })
 }
 
-/// Which of the machine's MSRs a vCPU has that shows the guest what it has been shown. A CPUID that KVM refuses is judged by
-/// comparison: here the vCPU then simply keeps none.
+/// Which of the machine's MSRs a vCPU has here that shows the guest what it has been shown.
 fn msrs_of_guest(machine: &Described, vcpu: &VcpuFd) -> Result<Vec<u32>, VmmError> {
     if let Some(table) = machine.identity.cpuid.first()
         && let Err(error) = vcpu.set_cpuid2(&cpuid::for_kvm(table)?)

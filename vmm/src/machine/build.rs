@@ -4,14 +4,14 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::events::{Life, Subscribers};
 use super::reset::{BootFiles, PowerOn};
 use super::throttle::Throttle;
 use super::{Inner, Machine};
 use crate::config::MachineConfig;
-use crate::cpuid;
+use crate::cpuid::{self, Leaf};
 use crate::description::Identity;
 use crate::devices::Devices;
 use crate::error::VmmError;
@@ -38,11 +38,12 @@ impl Machine {
         let devices = Arc::new(Devices::new(vm.fd(), &config.serial)?);
         let fds = create_vcpus(&vm, config.vcpus)?;
         let identity = match identity {
-            Some(identity) => identity,
-            None => own_identity(&kvm, &vm, &fds, config.vcpus)?,
+            Some(identity) => {
+                show_cpus(&vm, &fds, &identity.cpuid, identity.tsc_khz)?;
+                identity
+            }
+            None => own_identity(&kvm, &vm, &fds)?,
         };
-        prepare_vcpus(&vm, &fds, &identity)?;
-        let identity = with_msrs(&kvm, &fds, identity)?;
         let power_on = PowerOn::save(vm.fd(), &fds, &identity.shape)?;
 
         let life = Arc::new(Mutex::new(Life::new()));
@@ -99,38 +100,37 @@ fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<VcpuFd>, VmmError> {
     (0..count).map(create).collect()
 }
 
-/// What a guest that starts here is shown.
-fn own_identity(kvm: &kvm_ioctls::Kvm, vm: &Vm, fds: &[VcpuFd], vcpus: u32) -> Result<Identity, VmmError> {
-    let tsc_khz = host_tsc_khz(fds)?;
+/// Shows the vCPUs of a guest that starts here what this host has, and finds out what their state is made of.
+fn own_identity(kvm: &Kvm, vm: &Vm, fds: &[VcpuFd]) -> Result<Identity, VmmError> {
+    let vcpus = fds.len() as u32;
+    let tsc_khz = first(fds).and_then(host_tsc_khz)?;
     let offered = cpuid::offered(kvm, vcpus, tsc_khz)?;
-    let cpuid = (0..vcpus).map(|id| cpuid::for_vcpu(&offered, id)).collect();
-    Ok(Identity { cpuid, shape: StateShape { msrs: Vec::new(), xsave_bytes: vm.xsave_bytes() }, tsc_khz })
+    let cpuid: Vec<_> = (0..vcpus).map(|id| cpuid::for_vcpu(&offered, id)).collect();
+    show_cpus(vm, fds, &cpuid, tsc_khz)?;
+    // Which MSRs a vCPU has is known only once it has its CPUID.
+    let shape = StateShape { msrs: msr::state_list(kvm, first(fds)?)?, xsave_bytes: vm.xsave_bytes() };
+    Ok(Identity { cpuid, shape, tsc_khz })
 }
 
-/// What has to be set before a vCPU's state, once for its life: CPUID and the TSC's frequency.
-fn prepare_vcpus(vm: &Vm, fds: &[VcpuFd], identity: &Identity) -> Result<(), VmmError> {
-    let host_tsc_khz = host_tsc_khz(fds)?;
-    for (id, (fd, table)) in fds.iter().zip(&identity.cpuid).enumerate() {
+/// Sets what comes before a vCPU's state, once for its life: CPUID and the TSC's frequency.
+fn show_cpus(vm: &Vm, fds: &[VcpuFd], cpuid: &[Vec<Leaf>], tsc_khz: u32) -> Result<(), VmmError> {
+    let host_tsc_khz = first(fds).and_then(host_tsc_khz)?;
+    for (id, (fd, table)) in fds.iter().zip(cpuid).enumerate() {
         // Only if needed: a frequency that KVM refuses is remembered by some versions all the same.
-        if !same_tsc_frequency(identity.tsc_khz, host_tsc_khz) && vm.tsc_control() {
-            fd.set_tsc_khz(identity.tsc_khz)
-                .map_err(VmmError::kvm(format!("cannot set the TSC's frequency to {} kHz", identity.tsc_khz)))?;
+        if !same_tsc_frequency(tsc_khz, host_tsc_khz) && vm.tsc_control() {
+            fd.set_tsc_khz(tsc_khz)
+                .map_err(VmmError::kvm(format!("cannot set the TSC's frequency to {tsc_khz} kHz")))?;
         }
         fd.set_cpuid2(&cpuid::for_kvm(table)?).map_err(VmmError::kvm(format!("KVM refuses the CPUID of vCPU {id}")))?;
     }
     Ok(())
 }
 
-/// The MSRs are known only once CPUID is set: for a guest that starts here they are found out, for one from elsewhere they
-/// have been agreed on.
-fn with_msrs(kvm: &kvm_ioctls::Kvm, fds: &[VcpuFd], mut identity: Identity) -> Result<Identity, VmmError> {
-    if let (Some(fd), true) = (fds.first(), identity.shape.msrs.is_empty()) {
-        identity.shape.msrs = msr::state_list(kvm, fd)?;
-    }
-    Ok(identity)
+/// The frequency of the host's TSC.
+pub(crate) fn host_tsc_khz(vcpu: &VcpuFd) -> Result<u32, VmmError> {
+    vcpu.get_tsc_khz().map_err(VmmError::kvm("cannot read the TSC's frequency (is the host's TSC stable?)"))
 }
 
-fn host_tsc_khz(fds: &[VcpuFd]) -> Result<u32, VmmError> {
-    let first = fds.first().ok_or_else(|| VmmError::Status("a machine has at least one vCPU".into()))?;
-    first.get_tsc_khz().map_err(VmmError::kvm("cannot read the TSC's frequency (is the host's TSC stable?)"))
+fn first(fds: &[VcpuFd]) -> Result<&VcpuFd, VmmError> {
+    fds.first().ok_or_else(|| VmmError::Status("a machine has at least one vCPU".into()))
 }

@@ -75,12 +75,8 @@ impl Inner {
         if lock(&self.life).status() == MachineStatus::Stopped {
             return;
         }
-        if let Err(error) = self.halt_vcpus(OWN_PAUSE_LIMIT) {
-            // A vCPU that does not leave the guest: the others have ended it all the same.
-            tracing::error!("{error}");
-        }
-        match notice {
-            Notice::Reset => {
+        match (notice, self.halt_vcpus(OWN_PAUSE_LIMIT)) {
+            (Notice::Reset, Ok(())) => {
                 // Unless a pause has been quicker.
                 if lock(&self.life).take_reset() {
                     self.reboot();
@@ -89,15 +85,21 @@ impl Inner {
                     self.run_vcpus();
                 }
             }
-            Notice::Shutdown(why) => {
+            (Notice::Reset, Err(error)) => self.fail(format!("the guest asked for a reboot, and that failed: {error}")),
+            // A vCPU that does not leave the guest changes nothing about its end.
+            (Notice::Shutdown(why), _) => {
                 self.devices.pause();
                 self.subscribers.tell(&MachineEvent::Shutdown { why });
             }
-            Notice::Fault(text) => {
-                self.devices.pause();
-                self.subscribers.tell(&MachineEvent::Fault { text });
-            }
+            (Notice::Fault(text), _) => self.fail(text),
         }
+    }
+
+    /// The machine cannot go on.
+    pub(super) fn fail(&self, text: String) {
+        self.devices.pause();
+        lock(&self.life).advance(MachineStatus::Faulted);
+        self.subscribers.tell(&MachineEvent::Fault { text });
     }
 
     /// Makes all vCPUs idle. If one is not within `limit`, all of them run on.

@@ -5,10 +5,11 @@ use std::sync::mpsc::Receiver;
 
 use godwit_core::{LoadContext, Section};
 
+use super::reset::answer;
 use super::{Inner, MachineStatus};
 use crate::chips::{IrqchipState, PitState};
 use crate::clock::{ClockState, TscReading, load_tsc_offset};
-use crate::error::VmmError;
+use crate::error::{VmmError, chain};
 use crate::state::MachineState;
 use crate::sync::lock;
 use crate::vcpu::state::VcpuState;
@@ -75,11 +76,9 @@ impl Inner {
 /// Waits for the answers of all vCPUs, in order; the first error names the vCPU.
 fn collect<T>(pending: Vec<Receiver<Result<T, VmmError>>>) -> Result<Vec<T>, VmmError> {
     // All of them answer before the first error is looked at, so that none is still at work.
-    let answers: Vec<_> = pending.iter().map(Receiver::recv).collect();
-    let answer = |(id, answer): (usize, Result<Result<T, VmmError>, _>)| match answer {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(VmmError::state(format!("vcpu/{id}"), crate::error::chain(&error))),
-        Err(_) => Err(VmmError::Status("the machine has been stopped".into())),
+    let answers: Vec<_> = pending.iter().map(answer).collect();
+    let named = |(id, answer): (usize, Result<Result<T, VmmError>, VmmError>)| {
+        answer?.map_err(|error| VmmError::state(format!("vcpu/{id}"), chain(&error)))
     };
-    answers.into_iter().enumerate().map(answer).collect()
+    answers.into_iter().enumerate().map(named).collect()
 }

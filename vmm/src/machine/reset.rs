@@ -4,6 +4,8 @@
 //! was saved then), and the boot image is loaded afresh. Only time goes on.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -11,10 +13,11 @@ use super::{Inner, MachineEvent};
 use crate::boot;
 use crate::chips::{IrqchipState, PitState};
 use crate::devices::serial::SerialState;
-use crate::error::VmmError;
-use crate::sync::lock;
-use crate::vcpu::Notice;
+use crate::error::{VmmError, chain};
 use crate::vcpu::state::{StateShape, VcpuState};
+
+/// How long an idle vCPU may take to do what it is asked: far longer than any call to KVM.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The state of vCPUs and chips at power-on.
 pub(super) struct PowerOn {
@@ -71,9 +74,7 @@ impl Inner {
         match self.try_reboot() {
             Ok(()) => self.subscribers.tell(&MachineEvent::Reset),
             Err(error) => {
-                let text = format!("the guest asked for a reboot, and that failed: {}", crate::error::chain(&error));
-                lock(&self.life).note(&Notice::Fault(text.clone()));
-                self.subscribers.tell(&MachineEvent::Fault { text });
+                self.fail(format!("the guest asked for a reboot, and that failed: {}", chain(&error)));
             }
         }
     }
@@ -96,9 +97,19 @@ impl Inner {
         id: usize,
         body: impl FnOnce(&VcpuFd) -> T + Send + 'static,
     ) -> Result<T, VmmError> {
-        let stopped = || VmmError::Status("the machine has been stopped".into());
-        self.vcpus.get(id).ok_or_else(stopped)?.with(body).recv().map_err(|_| stopped())
+        let vcpu = self.vcpus.get(id).ok_or_else(|| VmmError::Status(format!("there is no vCPU {id}")))?;
+        answer(&vcpu.with(body))
     }
+}
+
+/// Waits for an idle vCPU's answer.
+pub(super) fn answer<T>(pending: &Receiver<T>) -> Result<T, VmmError> {
+    pending.recv_timeout(ANSWER_LIMIT).map_err(|error| match error {
+        RecvTimeoutError::Timeout => {
+            VmmError::Status(format!("a vCPU did not answer for {} s", ANSWER_LIMIT.as_secs()))
+        }
+        RecvTimeoutError::Disconnected => VmmError::Status("the machine has been stopped".into()),
+    })
 }
 
 #[cfg(test)]

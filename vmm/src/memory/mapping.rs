@@ -24,16 +24,19 @@ pub(super) fn map(
 ) -> Result<MmapRegion<AtomicBitmap>, VmmError> {
     let size = usize::try_from(size_bytes)
         .map_err(|_| VmmError::Status(format!("{size_bytes} bytes do not fit into this host's address space")))?;
-    let huge = if huge_pages { libc::MAP_HUGETLB } else { 0 };
+    // Huge pages are reserved: if there are too few, mapping fails now and not the guest later. Others are not: their number is
+    // no limit on hosts that overcommit.
+    let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
     let builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::with_len(size))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_hugetlbfs(huge_pages);
     let builder = match backing {
         MemoryBacking::Private => {
-            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge)
+            let huge = if huge_pages { libc::MAP_HUGETLB } else { 0 };
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | reserve | huge)
         }
         MemoryBacking::Memfd => builder
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(libc::MAP_SHARED | reserve)
             .with_file_offset(FileOffset::new(memfd(size_bytes, huge_pages)?, 0)),
     };
     let gap = AlignedGap::make(size);
@@ -47,8 +50,10 @@ pub(super) fn map(
     })?;
     drop(gap);
     if !huge_pages {
-        advise_huge_pages(&mapping);
+        advise(&mapping, libc::MADV_HUGEPAGE, "transparent huge pages");
     }
+    // A guest's memory is its owner's business, and makes for very large core dumps.
+    advise(&mapping, libc::MADV_DONTDUMP, "leaving it out of core dumps");
     Ok(mapping)
 }
 
@@ -76,12 +81,12 @@ fn memfd(size_bytes: u64, huge_pages: bool) -> Result<File, VmmError> {
     Ok(file)
 }
 
-fn advise_huge_pages(mapping: &MmapRegion<AtomicBitmap>) {
-    // SAFETY: the range is exactly the mapping; the advice does not change what it holds.
-    let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
+/// Gives the kernel advice that it may ignore and that does not change what memory holds.
+fn advise(mapping: &MmapRegion<AtomicBitmap>, advice: libc::c_int, what: &str) {
+    // SAFETY: the range is exactly the mapping, and the advice does not change what it holds.
+    let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
     if result != 0 {
-        // A kernel without transparent huge pages: slower, not wrong.
-        tracing::debug!("no transparent huge pages for guest memory: {}", io::Error::last_os_error());
+        tracing::debug!("guest memory, {what}: {}", io::Error::last_os_error());
     }
 }
 

@@ -123,9 +123,9 @@ fn state_that_is_loaded_is_saved_again_the_same() {
     let machine = take_in(&source, &mut KvmHost::default()).into_machine();
     for (before, after) in sections.iter().zip(machine.save().unwrap()) {
         assert_eq!(before.payload.len(), after.payload.len(), "{}", before.kind);
-        // The LAPIC and the timers count on; the registers do not change.
-        if before.kind == "serial" {
-            assert_eq!(before.payload, after.payload);
+        // Time goes on, everything else stands still.
+        if before.kind != "clock" && before.kind != "pit" {
+            assert_eq!(before.payload, after.payload, "{}", before.kind);
         }
     }
 }
