@@ -41,6 +41,8 @@ pub struct Limits {
 pub enum Decision {
     /// Another round.
     Continue,
+    /// Another round once the destination has caught up: nothing but what is on its way stands against the limit.
+    AwaitQueue,
     /// Stop the guest: the limit is met.
     Stop,
     /// Stop the guest although it is not; why.
@@ -70,7 +72,13 @@ impl RoundEnd {
             None if self.round >= limits.max_rounds => {
                 format!("{} rounds after the first pass were not enough", self.round)
             }
-            None => return Decision::Continue,
+            None => {
+                let caught_up = RoundEnd { queued_bytes: 0, ..*self };
+                return match caught_up.predicted_pause() <= limits.downtime {
+                    true => Decision::AwaitQueue,
+                    false => Decision::Continue,
+                };
+            }
         };
         let short = format!(
             "{spent}: {} pages are still dirty, which would take a pause of {pause:.1?} ({:.1?} of it fixed) where {:.1?} are allowed",
@@ -125,8 +133,20 @@ mod tests {
     fn stops_exactly_when_the_predicted_pause_fits() {
         assert_eq!(end(0, 1000).predicted_pause(), 8 * MS);
         assert_eq!(end(0, 1000).decide(&limits(OnStall::Abort)), Decision::Stop);
-        assert_eq!(end(0, 1001).decide(&limits(OnStall::Abort)), Decision::Continue);
+        assert_eq!(end(0, 1201).decide(&limits(OnStall::Abort)), Decision::Continue);
         assert_eq!(end(3, 1000).decide(&limits(OnStall::Abort)), Decision::Stop, "also in the last round");
+    }
+
+    #[test]
+    fn waits_for_the_destination_to_catch_up_when_that_is_all_it_takes() {
+        assert_eq!(
+            RoundEnd { queued_bytes: 1_000_001, ..end(0, 1000) }.decide(&limits(OnStall::Abort)),
+            Decision::AwaitQueue
+        );
+        assert_eq!(
+            RoundEnd { queued_bytes: 1_000_001, ..end(0, 1201) }.decide(&limits(OnStall::Abort)),
+            Decision::Continue
+        );
     }
 
     #[test]

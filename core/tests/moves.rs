@@ -1,5 +1,8 @@
 //! Whole moves of a machine that is not the KVM machine, over unix sockets, in one process.
 
+// Helpers outside of #[test] functions may unwrap too: a test is where that belongs.
+#![allow(clippy::unwrap_used)]
+
 #[path = "../examples/toy_vmm.rs"]
 #[allow(dead_code)]
 mod toy_vmm;

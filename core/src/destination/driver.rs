@@ -170,10 +170,13 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         let layout = Layout::new(&description.memory)
             .map_err(|error| MachineError::with_source("the machine's description", error))?;
         let mut machine = self.host.prepare(description)?;
-        let began = Instant::now();
         let context = LoadContext { clock_offset_ns: request.clock_offset_ns };
-        machine.load(&request.rehearsal, &context)?;
-        let load = began.elapsed();
+        // Of two the quicker counts: the first is also slowed by whatever is done for the first time.
+        let mut load = || {
+            let began = Instant::now();
+            machine.load(&request.rehearsal, &context).map(|()| began.elapsed())
+        };
+        let load = load()?.min(load()?);
         let layout = Arc::new(layout);
         self.shared = Some(Arc::new(Shared {
             view: MemoryView::new(machine.memory(), Arc::clone(&layout))?,

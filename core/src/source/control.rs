@@ -47,6 +47,8 @@ const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
 const TELLING_ROUND_BYTES: u64 = 256 << 10;
 /// … and as long as none was telling, this is what the pause reckons with: a Gbit/s link.
 const UNMEASURED_BYTES_PER_S: f64 = 125e6;
+/// The longest wait for the destination to catch up between two rounds.
+const QUEUE_LIMIT: Duration = Duration::from_millis(100);
 /// Messages in sequence between the end of the final pages and *running*: table, ready, commit, running.
 const HANDOVER_TRIPS: u32 = 2;
 
@@ -83,6 +85,7 @@ pub struct SourceControl {
     round: u32,
     proceed: bool,
     cut: bool,
+    queue_awaited_since: Option<Duration>,
     cost: FixedCost,
     switchover_bytes_per_s: f64,
     wire_bytes_per_page: f64,
@@ -160,6 +163,7 @@ impl SourceControl {
             round: 0,
             proceed: false,
             cut: false,
+            queue_awaited_since: None,
             cost: FixedCost::default(),
             paused_at: None,
             sent_at: Duration::ZERO,
@@ -195,7 +199,11 @@ impl SourceControl {
             Phase::Pause | Phase::FinalPages | Phase::State => {
                 return self.paused_at.map(|at| at + self.options.pause_timeout);
             }
-            Phase::FirstPass | Phase::Rounds => return self.options.timeout.filter(|_| !self.cut),
+            Phase::FirstPass | Phase::Rounds => {
+                let queue = self.queue_awaited_since.map(|since| since + QUEUE_LIMIT);
+                let timeout = self.options.timeout.filter(|_| !self.cut);
+                return queue.into_iter().chain(timeout).min();
+            }
             Phase::Connect | Phase::PreSwitchover | Phase::Completed => return None,
         };
         Some(self.phase_since + limit)
@@ -284,6 +292,7 @@ impl SourceControl {
         }
         let peer = &self.peer_host;
         match self.phase {
+            Phase::FirstPass | Phase::Rounds if self.queue_awaited_since.is_some() => self.next_round(),
             Phase::FirstPass | Phase::Rounds => {
                 self.cut = true;
                 self.act(Action::CutRound);
@@ -417,6 +426,9 @@ impl SourceControl {
                 self.begin_round();
             }
             (Phase::FirstPass | Phase::Rounds, Done::RoundSent(sent)) => self.round_sent(sent),
+            (Phase::FirstPass | Phase::Rounds, Done::QueueEmpty) if self.queue_awaited_since.is_some() => {
+                self.next_round();
+            }
             (Phase::Pause, Done::Stopped { sections, steps }) => {
                 for TimedStep { name, duration } in steps {
                     self.push_step("source", name, duration);
@@ -451,6 +463,7 @@ impl SourceControl {
     }
 
     fn next_round(&mut self) {
+        self.queue_awaited_since = None;
         if self.phase != Phase::Rounds {
             self.enter(Phase::Rounds);
         }
@@ -493,6 +506,10 @@ impl SourceControl {
             on_stall: self.options.on_stall,
         };
         match end.decide(&limits) {
+            Decision::AwaitQueue => {
+                self.queue_awaited_since = Some(self.now);
+                self.act(Action::AwaitQueue);
+            }
             Decision::Continue => self.next_round(),
             Decision::Stop => {
                 let pause = end.predicted_pause();

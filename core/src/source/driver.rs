@@ -61,6 +61,7 @@ pub struct Driver {
     events: Receiver<Event>,
     sender: Sender<Event>,
     jobs: Sender<Job>,
+    queue_awaited: bool,
     silence_told: bool,
     link_lost: bool,
     data: Option<Data>,
@@ -102,6 +103,7 @@ impl Driver {
             events,
             sender,
             jobs,
+            queue_awaited: false,
             silence_told: false,
             link_lost: false,
             data: None,
@@ -146,6 +148,9 @@ impl Driver {
                 if !self.handle.flow.applied(applied) {
                     return self.input(Input::LinkLost(format!("it acknowledged what was never sent: {applied:?}")));
                 }
+                if self.queue_awaited {
+                    self.queue_awaited = !self.queue_empty();
+                }
                 if let Some(Probe { bytes, began }) = self.handle.flow.probe_ended_by(applied) {
                     self.input(Input::Done(Done::Probed { bytes, duration: began.elapsed() }));
                 }
@@ -165,6 +170,15 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Whether everything sent has been acknowledged; if so, the control plane is told.
+    fn queue_empty(&mut self) -> bool {
+        let empty = self.handle.flow.queued_bytes() == 0;
+        if empty {
+            self.input(Input::Done(Done::QueueEmpty));
+        }
+        empty
     }
 
     fn listen_for_silence(&mut self) {
@@ -206,6 +220,7 @@ impl Driver {
                 self.round = Some(Round { began: Instant::now(), wire_bytes: flow.wire_bytes(), capped });
                 self.order(Order::Round { first }, usize::MAX);
             }
+            Action::AwaitQueue => self.queue_awaited = !self.queue_empty(),
             Action::StopGuest => self.stop_guest(),
             Action::SendFinal => self.order(Order::Final, usize::MAX),
             Action::Restore { resume } => self.restore(resume),
@@ -456,15 +471,21 @@ impl Driver {
     }
 }
 
-/// Pauses, saves and lets run on, as a rehearsal: what cannot be saved is found now, and what it takes is known.
+/// Pauses, saves and lets run on, as a rehearsal: what cannot be saved is found now, and what it takes is known. Of two
+/// the quicker counts: the first is also slowed by whatever is done for the first time.
 fn rehearse(machine: &dyn SourceMachine) -> Result<Done, MachineError> {
     let running = machine.is_running();
-    let began = Instant::now();
-    machine.pause(REHEARSAL_LIMIT)?;
-    let saved = machine.save();
-    let pause = began.elapsed();
-    if running {
-        machine.resume()?;
-    }
-    Ok(Done::Rehearsed { sections: saved?, pause })
+    let once = || {
+        let began = Instant::now();
+        machine.pause(REHEARSAL_LIMIT)?;
+        let saved = machine.save();
+        let pause = began.elapsed();
+        if running {
+            machine.resume()?;
+        }
+        Ok::<_, MachineError>((pause, saved?))
+    };
+    let (first, _) = once()?;
+    let (second, sections) = once()?;
+    Ok(Done::Rehearsed { sections, pause: first.min(second) })
 }

@@ -62,6 +62,8 @@ pub enum Done {
     LogStarted,
     /// A round has been sent and the dirty pages counted.
     RoundSent(RoundSent),
+    /// Everything sent has been acknowledged.
+    QueueEmpty,
     /// The guest is paused, its state saved, the last dirty pages are pending.
     Stopped {
         /// Its state.
@@ -139,6 +141,8 @@ pub enum Action {
         /// The first pass leaves untouched pages out.
         first: bool,
     },
+    /// Say when everything sent has been acknowledged.
+    AwaitQueue,
     /// Pause, save, harvest.
     StopGuest,
     /// Send what is left, without cap, and end the channels.
