@@ -76,7 +76,7 @@ pub trait DestinationMachine: Send {
     /// Guest RAM, as large as the source's.
     fn memory(&self) -> GuestMemory;
 
-    /// Loads state. Called once as a rehearsal before memory arrives (with state that is soon stale) and once for good.
+    /// Loads state. Called as a rehearsal before memory arrives (twice, with state that is soon stale) and once for good.
     fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<(), MachineError>;
 
     /// Lets the guest run, after [`DestinationMachine::load`]. Not called for a machine that is to stay paused.

@@ -66,6 +66,13 @@ impl RoundEnd {
         if pause <= limits.downtime {
             return Decision::Stop;
         }
+        if self.fixed > limits.downtime && limits.on_stall == OnStall::Abort {
+            // No number of rounds makes the pause shorter than what it takes with nothing to send.
+            return Decision::GiveUp(format!(
+                "the pause takes {:.1?} even with nothing left to send, where {:.1?} are allowed",
+                self.fixed, limits.downtime
+            ));
+        }
         let late = limits.timeout.filter(|timeout| self.elapsed >= *timeout);
         let spent = match late {
             Some(timeout) => format!("the time budget of {timeout:.1?} is used up"),
@@ -156,6 +163,15 @@ mod tests {
         assert!(matches!(end(3, 5000).decide(&limits(OnStall::Force)), Decision::ForceStop(_)));
         let timed = Limits { timeout: Some(100 * MS), ..limits(OnStall::Abort) };
         assert!(matches!(end(0, 5000).decide(&timed), Decision::GiveUp(why) if why.contains("time budget")));
+    }
+
+    #[test]
+    fn gives_up_at_once_where_no_round_can_help() {
+        let hopeless = Limits { downtime: MS, ..limits(OnStall::Abort) };
+        assert!(
+            matches!(end(0, 0).decide(&hopeless), Decision::GiveUp(why) if why.contains("2.0ms even with nothing"))
+        );
+        assert_eq!(end(0, 0).decide(&Limits { on_stall: OnStall::Force, ..hopeless }), Decision::Continue);
     }
 
     #[test]

@@ -162,7 +162,7 @@ fn invariant_2_a_broken_link_in_every_phase_before_commit_leaves_the_guest_at_th
         let held = SourceOptions {
             hold_at: Some(phase),
             pause_before_switchover: wait,
-            downtime_limit: stop_late(phase),
+            switchover_bandwidth_bytes_per_s: stop_late(phase),
             ..options()
         };
         let migration = start(&machine, &destination, held);
@@ -184,12 +184,9 @@ fn invariant_2_a_broken_link_in_every_phase_before_commit_leaves_the_guest_at_th
     }
 }
 
-/// A limit that the first pass does not meet, so that there are rounds.
-fn stop_late(phase: Phase) -> Duration {
-    match phase {
-        Phase::Rounds => Duration::ZERO,
-        _ => Duration::from_millis(50),
-    }
+/// A link that is said to be too slow for the first pass to suffice, so that there are rounds.
+fn stop_late(phase: Phase) -> Option<u64> {
+    (phase == Phase::Rounds).then_some(1)
 }
 
 #[test]
@@ -201,7 +198,7 @@ fn invariant_2_cancelling_in_every_phase_before_commit_leaves_the_guest_at_the_s
         let held = SourceOptions {
             hold_at: Some(phase),
             pause_before_switchover: wait,
-            downtime_limit: stop_late(phase),
+            switchover_bandwidth_bytes_per_s: stop_late(phase),
             ..options()
         };
         let migration = start(&machine, &destination, held);
@@ -318,11 +315,18 @@ fn a_dry_run_changes_nothing() {
 #[test]
 fn a_limit_that_cannot_be_met_ends_the_move_or_forces_the_pause() {
     let machine = running_machine();
-    let hopeless = SourceOptions { downtime_limit: Duration::ZERO, max_rounds: 4, ..options() };
+    // At this rate the pause is predicted to take days, whatever the rounds leave.
+    let hopeless = SourceOptions { switchover_bandwidth_bytes_per_s: Some(1), max_rounds: 4, ..options() };
     let destination = Destination::start(DestinationOptions::default());
     let outcome = start(&machine, &destination, hopeless.clone()).wait();
     let SourceOutcome::Failed(why, report) = &*outcome else { panic!("{outcome:?}") };
     assert!(why.contains("does not converge") && report.rounds.len() == 5, "{why}: {}", report.rounds.len());
+    assert_runs_on(&machine);
+    let impossible = SourceOptions { downtime_limit: Duration::ZERO, ..options() };
+    let destination = Destination::start(DestinationOptions::default());
+    let outcome = start(&machine, &destination, impossible).wait();
+    let SourceOutcome::Failed(why, report) = &*outcome else { panic!("{outcome:?}") };
+    assert!(why.contains("even with nothing left") && report.rounds.len() == 1, "{why}: {}", report.rounds.len());
     assert_runs_on(&machine);
     assert_moves(&machine, SourceOptions { on_stall: OnStall::Force, ..hopeless });
 }
