@@ -11,6 +11,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=guest");
+    println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
     match build_guest() {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {

@@ -98,8 +98,8 @@ pub struct Budget {
 /// One page write.
 const PAGE_CREDIT: u64 = 1_000_000_000;
 
-/// Rates above this are as good as unlimited; keeps the arithmetic within 64 bits.
-const MAX_PACED_RATE: u64 = 1_000_000_000;
+/// Rates above this are more than any vCPU can do; keeps the arithmetic within 64 bits.
+pub const MAX_PACED_RATE: u64 = 1_000_000_000;
 
 /// Most writes handed out at once: the heartbeat and changes of the rate wait for no longer.
 pub const BATCH: u64 = 16;
@@ -110,10 +110,10 @@ impl Budget {
         Self { credit: 0 }
     }
 
-    /// Takes note of the time that passed, and hands out what is due at `rate` pages per second.
+    /// Takes note of the time that passed, and hands out what is due at `rate` pages per second (at most
+    /// [`MAX_PACED_RATE`]).
     #[inline(always)]
     pub fn take(&mut self, elapsed_ns: u64, rate: u64) -> u64 {
-        let rate = rate.min(MAX_PACED_RATE);
         // What could not be written in the bounded time is forgotten too.
         let bound = MAX_ELAPSED_NS * rate + PAGE_CREDIT;
         self.credit = (self.credit + elapsed_ns * rate).min(bound);

@@ -18,7 +18,7 @@ mod writer;
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use clock::{BATCH, Budget, Clock};
+use clock::{BATCH, Budget, Clock, MAX_PACED_RATE};
 use header::{Counter, u32_at, u64_at};
 use layout::{RATE_MAX, field, status, write};
 use rules::{Sequence, WordRule, page_key, share};
@@ -99,7 +99,7 @@ fn work(
                 budget.clear();
                 BATCH
             }
-            rate => budget.take(elapsed_ns, share(rate, vcpu, vcpus).1),
+            rate => budget.take(elapsed_ns, share(rate.min(MAX_PACED_RATE), vcpu, vcpus).1),
         };
         for _ in 0..due {
             let frame = first + sequence.page(writes.value());

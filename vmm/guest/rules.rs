@@ -15,6 +15,17 @@ pub(crate) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// in any number of low bits.
 pub(crate) const MULTIPLIER: u64 = 6_364_136_223_846_793_005;
 
+/// What undoes a multiplication by [`MULTIPLIER`], by Newton's iteration: each step doubles the bits that are right.
+const INVERSE_MULTIPLIER: u64 = {
+    let mut inverse: u64 = MULTIPLIER; // Right in three bits, as for every odd number.
+    let mut right_bits = 3;
+    while right_bits < u64::BITS {
+        inverse = inverse.wrapping_mul(2u64.wrapping_sub(MULTIPLIER.wrapping_mul(inverse)));
+        right_bits *= 2;
+    }
+    inverse
+};
+
 /// splitmix64: the output function applied to the state that follows `x`.
 #[inline(always)]
 pub(crate) const fn mix(x: u64) -> u64 {
@@ -82,6 +93,13 @@ impl WordRule {
     pub(crate) const fn step(self, value: u64, increment: u64) -> u64 {
         let next = value.wrapping_mul(MULTIPLIER).wrapping_add(increment);
         (value & !self.mask) | (next & self.mask)
+    }
+
+    /// What a word was before a write that made it `value`.
+    #[inline(always)]
+    pub(crate) const fn step_back(self, value: u64, increment: u64) -> u64 {
+        let previous = value.wrapping_sub(increment).wrapping_mul(INVERSE_MULTIPLIER);
+        (value & !self.mask) | (previous & self.mask)
     }
 
     /// As many writes as `jump` stands for.

@@ -193,6 +193,8 @@ proptest! {
             let rule = WordRule::new(contents.setting()).unwrap();
             let increment = rule.increment(page_key(seed, 3), word);
             let stepped = (0..steps).fold(start, |value, _| rule.step(value, increment));
+            let back = (0..steps).fold(stepped, |value, _| rule.step_back(value, increment));
+            prop_assert_eq!(back, start);
             prop_assert_eq!(rule.jump(start, increment, Jump::new(steps)), stepped);
         }
     }

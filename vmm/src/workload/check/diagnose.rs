@@ -3,9 +3,10 @@
 use std::fmt;
 
 use crate::workload::layout::HEADER;
+use crate::workload::rules::page_key;
 
 use super::facts::Facts;
-use super::frames::{PageWords, expected, expected_word};
+use super::frames::{PageWords, expected};
 
 /// How many versions back, and ahead, a page is looked for.
 const SEARCHED_VERSIONS: u64 = 1 << 16;
@@ -104,49 +105,37 @@ impl Mismatch {
         Some(Self { guest_address, place, kind, word, expected: expected[word], found: found[word] })
     }
 
-    /// The same for a frame that must have been written `writes` times: is it one of its other versions?
-    pub(super) fn of_frame(facts: &Facts, guest_address: u64, frame: u64, writes: u64, found: &PageWords) -> Self {
-        let must_be = expected(facts, frame, writes);
-        let place = Place::Frame { frame };
-        let other = MismatchKind::Other { words: 0 };
-        let mut mismatch = Self::find(guest_address, place, &must_be, found, |_| false).unwrap_or(Self {
-            guest_address,
-            place,
-            kind: other,
-            word: 0,
-            expected: must_be[0],
-            found: found[0],
-        });
-        if let Some(kind) = other_version(facts, frame, writes, &mismatch, found) {
-            mismatch.kind = kind;
+    /// Looks whether a frame that must have been written `writes` times is another version of itself. Tries very
+    /// many: only for mismatches that a person will see.
+    pub(super) fn look_for_version(&mut self, facts: &Facts, writes: u64, found: &PageWords) {
+        let Place::Frame { frame } = self.place else { return };
+        // A page that never held zeros and does now has not gone back to an older version of itself.
+        let never_zero = frame < facts.fill_pages && self.kind == MismatchKind::Lost;
+        if frame < facts.working_set_pages && !never_zero {
+            self.kind = other_version(facts, frame, writes, self, found).unwrap_or(self.kind);
         }
-        mismatch
     }
 }
 
-fn other_version(
-    facts: &Facts,
-    frame: u64,
-    writes: u64,
-    mismatch: &Mismatch,
-    found: &PageWords,
-) -> Option<MismatchKind> {
-    // A page that never held zeros and does now has not gone back to an older version of itself.
-    let written = frame < facts.working_set_pages;
-    if !written || (mismatch.kind == MismatchKind::Lost && frame < facts.fill_pages) {
-        return None;
+fn other_version(facts: &Facts, frame: u64, writes: u64, wrong: &Mismatch, found: &PageWords) -> Option<MismatchKind> {
+    // One word tells nearly all versions apart; only then is the whole page computed.
+    let increment = facts.rule.increment(page_key(facts.seed, frame), wrong.word);
+    let is = |version| expected(facts, frame, version) == *found;
+    let mut value = wrong.expected;
+    for versions in 1..=writes.min(SEARCHED_VERSIONS) {
+        value = facts.rule.step_back(value, increment);
+        if value == wrong.found && is(writes - versions) {
+            return Some(MismatchKind::Stale { versions });
+        }
     }
-    let is = |version: u64| {
-        // One word tells nearly all versions apart; only then is the whole page computed.
-        expected_word(facts, frame, version, mismatch.word) == mismatch.found
-            && expected(facts, frame, version) == *found
-    };
-    let back = writes.min(SEARCHED_VERSIONS);
-    if let Some(versions) = (1..=back).find(|versions| is(writes - versions)) {
-        return Some(MismatchKind::Stale { versions });
+    value = wrong.expected;
+    for versions in 1..=(u64::MAX - writes).min(SEARCHED_VERSIONS) {
+        value = facts.rule.step(value, increment);
+        if value == wrong.found && is(writes + versions) {
+            return Some(MismatchKind::Newer { versions });
+        }
     }
-    let ahead = SEARCHED_VERSIONS.min(u64::MAX - writes);
-    (1..=ahead).find(|versions| is(writes + versions)).map(|versions| MismatchKind::Newer { versions })
+    None
 }
 
 impl fmt::Display for Mismatch {

@@ -41,11 +41,6 @@ pub(super) fn expected(facts: &Facts, frame: u64, writes: u64) -> PageWords {
     std::array::from_fn(|word| words.word(word))
 }
 
-/// One word of `frame` after `writes` writes.
-pub(super) fn expected_word(facts: &Facts, frame: u64, writes: u64, word: usize) -> u64 {
-    FrameWords::new(facts, frame, writes).word(word)
-}
-
 /// The words of a frame after a number of writes, computed when asked for.
 struct FrameWords<'a> {
     facts: &'a Facts,

@@ -19,6 +19,7 @@ use serde::Serialize;
 
 pub use diagnose::{Mismatch, MismatchKind, Place};
 use facts::Facts;
+use frames::PageBytes;
 use pages::{PageCheck, Verdict};
 use replay::Replay;
 
@@ -155,8 +156,8 @@ struct Tally {
 }
 
 impl Tally {
-    fn count(&mut self, verdict: Verdict) {
-        match verdict {
+    fn count(&mut self, pages: &PageCheck<'_>, address: u64, page: &PageBytes) {
+        match pages.check(address, page) {
             Verdict::NotRam => {
                 self.pages_not_ram += 1;
                 return;
@@ -165,7 +166,7 @@ impl Tally {
             Verdict::Bad(mismatch) => {
                 self.mismatches += 1;
                 if self.described.len() < MAX_DESCRIBED {
-                    self.described.push(*mismatch);
+                    self.described.push(pages.describe(*mismatch, page));
                 }
             }
         }
@@ -194,7 +195,7 @@ fn check_chunks<M: GuestRead + ?Sized>(
         memory.read(guest_address, bytes).map_err(|source| CheckError::Read { guest_address, source })?;
         let addresses = (guest_address..).step_by(PAGE_BYTES as usize);
         for (address, page) in addresses.zip(bytes.as_chunks().0) {
-            tally.count(pages.check(address, page));
+            tally.count(pages, address, page);
         }
     }
     Ok(tally)

@@ -86,6 +86,14 @@ impl<'a> PageCheck<'a> {
         }
     }
 
+    /// Finds out more about a mismatch.
+    pub(super) fn describe(&self, mut mismatch: Mismatch, page: &PageBytes) -> Mismatch {
+        if let Place::Frame { frame } = mismatch.place {
+            mismatch.look_for_version(self.facts, self.replay.frame(frame).0, &to_words(page));
+        }
+        mismatch
+    }
+
     /// Zeros, but for the trampoline and for ROM.
     fn low_memory(&self, address: u64, page: &PageBytes) -> Verdict {
         let index = address / PAGE_BYTES;
@@ -157,7 +165,11 @@ impl<'a> PageCheck<'a> {
         let (writes, in_flight) = self.replay.frame(frame);
         let good = frames::matches(self.facts, frame, writes, page)
             || in_flight && frames::matches_in_flight(self.facts, frame, writes, page);
-        (!good).then(|| Mismatch::of_frame(self.facts, address, frame, writes, &to_words(page)))
+        if good {
+            return None;
+        }
+        let expected = frames::expected(self.facts, frame, writes);
+        Mismatch::find(address, Place::Frame { frame }, &expected, &to_words(page), |_| false)
     }
 }
 
