@@ -7,29 +7,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use godwit_core::{Channel, ChannelReader, ChannelWriter, HangUp};
-use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, WriteError};
+use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
 use vm_memory::VolatileSlice;
 use vm_memory::bytes::Bytes as _;
 
 use super::close_code;
 use super::park::{block_on, block_until};
+use super::window::{Flow, LARGEST_BYTES, LEAST_AHEAD_BYTES, LEAST_UNACKNOWLEDGED_BYTES};
 use crate::limits::QUIC_LINGER_LIMIT;
 
 /// Packets' worth of bytes that a read takes from quinn at once: it holds the connection's lock meanwhile, which its
 /// driver needs, so few calls are better and copying under the lock is worse.
 const CHUNKS_AT_ONCE: usize = 64;
-
-/// The send window of a new connection; see [`QuicWriter::tune`].
-pub(super) const FIRST_SEND_WINDOW_BYTES: u64 = 2 << 20;
-
-/// What may be written and not yet sent, apart from what is in flight.
-const UNSENT_BYTES: u64 = 1 << 20;
-
-/// A connection never holds more than this for its peer.
-const LARGEST_SEND_WINDOW_BYTES: u64 = 64 << 20;
-
-/// The send window is looked at again after this many written bytes.
-const TUNE_INTERVAL_BYTES: u64 = 512 << 10;
 
 /// How long a closing thread waits until the peer was sent word of it.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(20);
@@ -40,7 +29,7 @@ pub(super) fn channel(connection: Connection, send: SendStream, receive: RecvStr
     Channel {
         hang_up: Arc::new(QuicHangUp(Arc::downgrade(&link))),
         reader: Box::new(QuicReader::new(receive, Arc::clone(&link))),
-        writer: Box::new(QuicWriter { stream: send, link, written: 0, tune_at: 0 }),
+        writer: Box::new(QuicWriter { stream: send, link, flow: Flow::new(Instant::now()) }),
         peer,
     }
 }
@@ -108,11 +97,16 @@ struct QuicReader {
     /// Received and not yet read: those of `chunks` from `next` on that are not empty.
     chunks: [bytes::Bytes; CHUNKS_AT_ONCE],
     next: usize,
+    flow: Flow,
+    /// What the peer may send ahead.
+    window: u64,
 }
 
 impl QuicReader {
     fn new(stream: RecvStream, link: Arc<Link>) -> Self {
-        Self { stream, link, chunks: [const { bytes::Bytes::new() }; CHUNKS_AT_ONCE], next: CHUNKS_AT_ONCE }
+        let flow = Flow::new(Instant::now());
+        let chunks = [const { bytes::Bytes::new() }; CHUNKS_AT_ONCE];
+        Self { stream, link, chunks, next: CHUNKS_AT_ONCE, flow, window: LEAST_AHEAD_BYTES }
     }
 
     /// Hands out up to `capacity` bytes, chunk by chunk, to `take`, which is told where they go.
@@ -137,7 +131,20 @@ impl QuicReader {
             take(done, &part)?;
             done += part.len();
         }
+        self.tune(done);
         Ok(done)
+    }
+
+    /// Opens the receive window as [`window`](super::window) says. Credit once given cannot be taken back.
+    fn tune(&mut self, read: usize) {
+        let link = &self.link;
+        if let Some(bytes) = self.flow.moved(read, Instant::now(), || link.connection.stats().path.min_rtt) {
+            let bytes = (bytes + LEAST_AHEAD_BYTES).min(LARGEST_BYTES);
+            if bytes > self.window {
+                self.window = bytes;
+                link.connection.set_receive_window(VarInt::from_u64(bytes).unwrap_or(VarInt::MAX));
+            }
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -174,19 +181,16 @@ impl ChannelReader for QuicReader {
 struct QuicWriter {
     stream: SendStream,
     link: Arc<Link>,
-    written: u64,
-    tune_at: u64,
+    flow: Flow,
 }
 
 impl QuicWriter {
-    /// Keeps the send window a little above the congestion window, as the kernel does for TCP: large enough that the
-    /// connection never starves, and no larger, because what is queued here when the guest is paused lengthens its
-    /// pause.
-    fn tune(&mut self) {
-        if self.written >= self.tune_at {
-            self.tune_at = self.written + TUNE_INTERVAL_BYTES;
-            let window = self.link.connection.stats().path.cwnd.saturating_add(UNSENT_BYTES);
-            self.link.connection.set_send_window(window.clamp(FIRST_SEND_WINDOW_BYTES, LARGEST_SEND_WINDOW_BYTES));
+    /// Keeps the send window as [`window`](super::window) says, within what the network takes.
+    fn tune(&mut self, written: usize) {
+        let link = &self.link;
+        if let Some(bytes) = self.flow.moved(written, Instant::now(), || link.connection.rtt()) {
+            let bytes = bytes.min(link.connection.stats().path.cwnd) + LEAST_UNACKNOWLEDGED_BYTES;
+            link.connection.set_send_window(bytes.min(LARGEST_BYTES));
         }
     }
 }
@@ -196,7 +200,6 @@ impl ChannelWriter for QuicWriter {
         let mut rest = buffer;
         while !rest.is_empty() {
             self.link.check()?;
-            self.tune();
             let written = block_on(self.stream.write(rest)).map_err(|error| match error {
                 WriteError::ConnectionLost(error) => self.link.check().err().unwrap_or_else(|| lost(error)),
                 WriteError::Stopped(_) => {
@@ -204,7 +207,7 @@ impl ChannelWriter for QuicWriter {
                 }
                 error => io::Error::new(io::ErrorKind::BrokenPipe, error),
             })?;
-            self.written += written as u64;
+            self.tune(written);
             rest = &rest[written..];
         }
         Ok(())

@@ -7,15 +7,8 @@ use std::sync::Arc;
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use socket2::{Domain, Socket, Type};
 
+use super::window::{LARGEST_BYTES, LEAST_AHEAD_BYTES, LEAST_UNACKNOWLEDGED_BYTES};
 use crate::limits::{DEAD_PEER_LIMIT, KEEP_ALIVE_INTERVAL};
-use crate::preamble::Preamble;
-
-/// What a peer may have in flight to us on a data channel: 10 Gbit/s over 50 ms. It is memory only while packets are
-/// missing or the reader is slow.
-const DATA_WINDOW_BYTES: u32 = 64 << 20;
-
-/// The same for a control channel, which carries messages and device state.
-const CONTROL_WINDOW_BYTES: u32 = 8 << 20;
 
 /// What a dialler may have in flight before its preamble was taken: strangers cost no more.
 const STRANGER_WINDOW_BYTES: u32 = 16 << 10;
@@ -24,21 +17,20 @@ const STRANGER_WINDOW_BYTES: u32 = 16 << 10;
 /// would exceed the 64 KiB of a UDP send and fail.
 const LARGEST_DATAGRAM_BYTES: u16 = 6500;
 
-/// The UDP socket buffers asked for. The kernel silently grants less if its limits are lower.
-const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// The UDP receive buffer asked for. The kernel silently grants less if its limits are lower.
+const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 
-/// How much a dialler of this role takes in; see [`transport`].
-pub(super) fn window_bytes(preamble: &Preamble) -> u32 {
-    match preamble {
-        Preamble::Control => CONTROL_WINDOW_BYTES,
-        Preamble::Data { .. } => DATA_WINDOW_BYTES,
-    }
-}
+/// The UDP send buffer asked for. It bounds what waits in this host's own queues, where a full one holds the sender
+/// back without loss.
+const SEND_BUFFER_BYTES: usize = 512 << 10;
+
+/// What a peer whose preamble was taken may send ahead, until its channel's reader knows better.
+pub(super) const FIRST_WINDOW: VarInt = VarInt::from_u32(LEAST_AHEAD_BYTES as u32);
 
 /// For connections that we dial.
-pub(super) fn dialler(preamble: &Preamble) -> Arc<TransportConfig> {
+pub(super) fn dialler() -> Arc<TransportConfig> {
     let mut config = common();
-    config.receive_window(VarInt::from_u32(window_bytes(preamble))).max_concurrent_bidi_streams(VarInt::from_u32(0));
+    config.receive_window(FIRST_WINDOW).max_concurrent_bidi_streams(VarInt::from_u32(0));
     Arc::new(config)
 }
 
@@ -57,8 +49,8 @@ fn common() -> TransportConfig {
     config
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
-        .stream_receive_window(VarInt::from_u32(DATA_WINDOW_BYTES))
-        .send_window(super::channel::FIRST_SEND_WINDOW_BYTES)
+        .stream_receive_window(VarInt::from_u32(LARGEST_BYTES as u32))
+        .send_window(LEAST_UNACKNOWLEDGED_BYTES)
         .mtu_discovery_config(Some(mtu_discovery))
         .max_idle_timeout(IdleTimeout::try_from(DEAD_PEER_LIMIT).ok())
         .keep_alive_interval(Some(KEEP_ALIVE_INTERVAL));
@@ -76,8 +68,8 @@ pub(super) fn endpoint() -> EndpointConfig {
 /// A UDP socket with large buffers.
 pub(super) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
-    socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
-    socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
     socket.bind(&address.into())?;
     Ok(socket.into())
 }

@@ -154,7 +154,7 @@ impl Attempt {
         tls: QuicClientConfig,
     ) -> Result<(Connection, SendStream, RecvStream), Failure> {
         let mut client = ClientConfig::new(Arc::new(tls));
-        client.transport_config(config::dialler(&self.preamble));
+        client.transport_config(config::dialler());
         let connecting = endpoint
             .connect_with(client, self.address, tls::SERVER_NAME)
             .map_err(|error| Failure::Unreachable(Some(error.to_string())))?;

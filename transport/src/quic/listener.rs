@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig, VarInt};
+use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
@@ -145,7 +145,7 @@ async fn hear(incoming: Incoming) -> io::Result<Arrival> {
 async fn decide(mut arrival: Arrival, peer: &str, gate: &Gate) {
     let decoded = Preamble::decode(&arrival.bytes);
     let admitted = match &decoded {
-        Ok(preamble) => gate.admit(preamble).map(|place| (place, preamble)).map_err(|refusal| {
+        Ok(preamble) => gate.admit(preamble).map_err(|refusal| {
             gate.turn_away(peer, format_args!("told it: {refusal}"));
             Some(refusal)
         }),
@@ -155,8 +155,8 @@ async fn decide(mut arrival: Arrival, peer: &str, gate: &Gate) {
         }
     };
     match admitted {
-        Ok((place, preamble)) => {
-            arrival.connection.set_receive_window(VarInt::from_u32(config::window_bytes(preamble)));
+        Ok(place) => {
+            arrival.connection.set_receive_window(config::FIRST_WINDOW);
             if let Err(error) = arrival.send.write_all(&encode_answer(Ok(()))).await {
                 return gate.turn_away(peer, format_args!("it left before it was answered: {error}"));
             }

@@ -21,6 +21,7 @@ mod listener;
 mod park;
 mod runtime;
 mod tls;
+mod window;
 
 pub(crate) use dial::QuicDial;
 pub(crate) use listener::QuicListener;
