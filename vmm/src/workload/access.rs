@@ -124,3 +124,52 @@ impl GuestWrite for FileMemory {
         self.file.write_all_at(bytes, self.offset(guest_address, bytes.len())?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGE: GuestRange = GuestRange { guest_address: 4 << 30, size_bytes: 8192 };
+
+    #[test]
+    fn another_process_is_read_and_written_at_guest_addresses() {
+        let mut memory = vec![0u8; 8192];
+        memory[4096] = 7;
+        let host_address = memory.as_mut_ptr() as u64;
+        let process = FileMemory::process(std::process::id(), &[(RANGE, host_address)]).unwrap();
+        let mut found = [0; 2];
+        process.read(RANGE.guest_address + 4096, &mut found).unwrap();
+        assert_eq!(found, [7, 0]);
+        process.write(RANGE.guest_address + 4097, &[9]).unwrap();
+        process.read(RANGE.guest_address + 4096, &mut found).unwrap();
+        assert_eq!(found, [7, 9]);
+    }
+
+    #[test]
+    fn a_dump_answers_for_its_ranges_only() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [[1u8; 4096], [2; 4096], [3; 4096]].concat()).unwrap();
+        let low = GuestRange { guest_address: 0, size_bytes: 4096 };
+        let dump = FileMemory::dump_of_ranges(file.path(), &[low, RANGE]).unwrap();
+        assert_eq!(dump.ranges(), [low, RANGE]);
+        let byte = |address| {
+            let mut byte = [0];
+            dump.read(address, &mut byte).map(|()| byte[0]).ok()
+        };
+        assert_eq!([byte(0), byte(4096), byte(RANGE.guest_address + 4096)], [Some(1), None, Some(3)]);
+        assert_eq!([byte(RANGE.guest_address - 1), byte(RANGE.guest_address + 8192), byte(u64::MAX)], [None; 3]);
+        assert!(dump.read(4095, &mut [0; 2]).is_err());
+        assert!(FileMemory::dump_of_ranges(file.path(), &[low]).is_err());
+    }
+
+    #[test]
+    fn memory_of_this_process_is_read_and_written() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(RANGE.guest_address), 8192)]).unwrap();
+        assert_eq!(GuestRead::ranges(&memory), [RANGE]);
+        GuestWrite::write(&memory, RANGE.guest_address + 8, &5u64.to_le_bytes()).unwrap();
+        let mut word = [0; 8];
+        GuestRead::read(&memory, RANGE.guest_address + 8, &mut word).unwrap();
+        assert_eq!(u64::from_le_bytes(word), 5);
+        assert!(GuestRead::read(&memory, 0, &mut word).is_err());
+    }
+}

@@ -140,11 +140,12 @@ impl Model {
     pub(super) fn written_once_more(&self, frame: u64) -> Page {
         let mut page = *self.page(self.frame_address(frame));
         let key = page_key(self.config.seed, frame);
+        let write = match self.config.write {
+            WriteUnit::Word => writer::write_word,
+            WriteUnit::Page => writer::write_page,
+        };
         // SAFETY: a whole page.
-        match self.config.write {
-            WriteUnit::Word => unsafe { writer::write_word(page.as_mut_ptr(), self.rule, key) },
-            WriteUnit::Page => unsafe { writer::write_page(page.as_mut_ptr(), self.rule, key) },
-        }
+        unsafe { write(page.as_mut_ptr(), self.rule, key) };
         page
     }
 
