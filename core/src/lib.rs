@@ -13,15 +13,33 @@
 //! | [`source`], [`destination`] | the two ends: start a move, steer it, hear how it ended |
 //! | [`phase`] | the phases of a move, in order |
 //! | [`progress`] | what a move says of itself while it runs and when it has ended |
+//! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
+//! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
+//! | [`layout`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
 
 pub mod channel;
+pub mod chunk;
 pub mod codec;
+pub mod decoder;
 pub mod destination;
+pub mod encoder;
+pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod message;
+pub mod pacer;
+pub mod pending;
 pub mod phase;
+pub mod policy;
 pub mod progress;
 pub mod source;
+pub mod table;
+
+mod audit;
+mod link;
+mod random;
+mod touched;
+mod view;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
 pub use machine::{
@@ -30,18 +48,3 @@ pub use machine::{
 };
 pub use memory::{GuestMemory, PAGE_SIZE};
 pub use phase::Phase;
-
-mod audit;
-mod chunk;
-mod decoder;
-mod encoder;
-mod layout;
-mod link;
-mod message;
-mod pacer;
-mod pending;
-mod policy;
-mod random;
-mod table;
-mod touched;
-mod view;
