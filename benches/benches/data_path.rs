@@ -50,7 +50,7 @@ fn encode(encoder: &mut ChannelEncoder, pages: &[Page], mut out: impl FnMut(&[u8
         encoder.begin_stripe(stripe as u64 * 512);
         for (offset, page) in pages.iter().enumerate() {
             black_box(encoder.page(offset, |copy| *copy = *page));
-            if encoder.len() >= OUTPUT_BYTES {
+            if encoder.output_bytes() >= OUTPUT_BYTES {
                 out(encoder.bytes());
                 encoder.clear();
             }

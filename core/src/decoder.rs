@@ -317,7 +317,7 @@ mod tests {
                     Encoded::Contents(page) => assert_eq!(*page, contents),
                 }
                 expected.insert(stripe.first_frame + offset as u64, contents);
-                if encoder.len() > every {
+                if encoder.output_bytes() > every {
                     bytes.extend_from_slice(encoder.bytes());
                     encoder.clear();
                 }

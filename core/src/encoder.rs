@@ -154,7 +154,7 @@ impl ChannelEncoder {
     }
 
     /// Bytes encoded and not yet cleared.
-    pub fn len(&self) -> usize {
+    pub fn output_bytes(&self) -> usize {
         self.out.len()
     }
 

@@ -228,12 +228,12 @@ impl Worker {
                 Encoded::Contents(page) => hasher.page(frame, page),
             };
             self.sum = self.sum.wrapping_add(shared.table.set(stripe.first_slot + offset, entry));
-            if self.encoder.len() >= quantum {
+            if self.encoder.output_bytes() >= quantum {
                 self.flush()?;
             }
         }
         self.encoder.end_stripe();
-        if self.encoder.len() >= quantum {
+        if self.encoder.output_bytes() >= quantum {
             self.flush()?;
         }
         shared.flow.encoded(self.index, PageCounts { untouched: self.untouched, ..self.encoder.counts() });
