@@ -1,7 +1,7 @@
 //! From a URI's host and port to socket addresses, and the rule for clear text.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -43,6 +43,24 @@ pub(crate) fn resolve_for_clear_text(
     }
 }
 
+/// The address that a peer elsewhere can most likely reach us at, if we listen at `bound`: where that is the wildcard
+/// address, the address of the interface that the default route leaves by.
+pub(crate) fn reachable(bound: SocketAddr) -> SocketAddr {
+    // Connecting a UDP socket sends nothing, it only chooses a route. The targets are reserved for documentation.
+    let (wildcard, far_away): (IpAddr, SocketAddr) = match bound.ip() {
+        ip if !ip.is_unspecified() => return bound,
+        IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED.into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into()),
+        IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED.into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()),
+    };
+    let outward = || -> io::Result<IpAddr> {
+        let socket = UdpSocket::bind((wildcard, 0))?;
+        socket.connect(far_away)?;
+        Ok(socket.local_addr()?.ip())
+    };
+    // Without a default route the caller has to know.
+    outward().map_or(bound, |ip| SocketAddr::new(ip, bound.port()))
+}
+
 fn is_loopback(ip: IpAddr) -> bool {
     // `::ffff:127.0.0.1` is IPv4's loopback.
     ip.to_canonical().is_loopback()
@@ -70,6 +88,19 @@ mod tests {
             let message = check(host, false).unwrap_err().to_string();
             assert!(message.contains("--insecure") && message.contains("quic://"), "{message}");
             assert!(check(host, true).is_ok(), "{host}");
+        }
+    }
+
+    #[test]
+    fn only_the_wildcard_address_is_replaced() {
+        for fixed in ["127.0.0.1:7000", "[::1]:7000", "192.0.2.7:1"] {
+            let address = fixed.parse().unwrap();
+            assert_eq!(reachable(address), address);
+        }
+        for wildcard in ["0.0.0.0:7000", "[::]:7000"] {
+            let address: SocketAddr = wildcard.parse().unwrap();
+            let reachable = reachable(address);
+            assert_eq!((reachable.port(), reachable.is_ipv4()), (7000, address.is_ipv4()));
         }
     }
 

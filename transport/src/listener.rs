@@ -22,7 +22,8 @@ use crate::{HostPort, Options, TransportError, Uri, address};
 /// methods may be called from several threads, so while one session is served another thread can take the next
 /// control channel and refuse it.
 ///
-/// Dropping it stops accepting. Channels that were accepted live on.
+/// Dropping it stops accepting. Channels that were accepted live on; those of a QUIC listener share its UDP port,
+/// which is free again when the last of them is closed.
 pub struct Listener {
     uri: Arc<Uri>,
     gate: Arc<Gate>,
@@ -47,7 +48,7 @@ impl Listener {
                 let socket = bind_tcp(address).map_err(failed)?;
                 let bound = socket.local_addr().map_err(failed)?.as_socket().unwrap_or(address);
                 let listener = StreamListener::start(socket, Family::Tcp, gate.clone()).map_err(failed)?;
-                (Uri::Tcp(HostPort::from(bound)), Backend::Tcp { _listener: listener })
+                (Uri::Tcp(HostPort::from(address::reachable(bound))), Backend::Tcp { _listener: listener })
             }
             Uri::Unix(path) => {
                 let (socket, file) = SocketFile::bind(uri, path)?;
@@ -58,7 +59,7 @@ impl Listener {
             Uri::Quic { at, .. } => {
                 let address = address::resolve(at)?[0];
                 let listener = QuicListener::start(uri, address, gate.clone())?;
-                let at = HostPort::from(listener.address());
+                let at = HostPort::from(address::reachable(listener.address()));
                 let uri = Uri::Quic { at, fingerprint: Some(listener.fingerprint()) };
                 (uri, Backend::Quic { _listener: listener })
             }
@@ -67,6 +68,7 @@ impl Listener {
     }
 
     /// Where it listens, as a dialler needs it: with the real port and, for QUIC, the fingerprint of its certificate.
+    /// If it listens on every address, with that of the interface that leads to the default route.
     #[must_use]
     pub fn uri(&self) -> &Uri {
         &self.uri

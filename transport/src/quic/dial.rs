@@ -130,8 +130,9 @@ impl Attempt {
                 Ok(opened) => opened,
                 Err(_) => Err(Failure::Unreachable(None)),
             };
-            let opened =
-                opened.map(|(connection, send, receive)| channel(connection, send, receive, self.uri.to_string()));
+            let opened = opened.map(|(connection, send, receive)| {
+                channel(connection, send, receive, format!("quic://{}", self.address))
+            });
             if let Err(mpsc::SendError(Ok(channel))) = result.send(opened) {
                 // The caller has given up. Dropping alone would wait for acknowledgements that this thread handles.
                 channel.hang_up.hang_up();

@@ -186,6 +186,38 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(20);
     const BYTES: usize = 8 << 20;
 
+    /// Peers that speak QUIC, and our application protocol, but then something else.
+    #[test]
+    fn strangers_are_turned_away() {
+        let uri: Uri = "quic://127.0.0.1:0".parse().unwrap();
+        let gate = Arc::new(Gate::new());
+        let listener = QuicListener::start(&uri, (Ipv4Addr::LOCALHOST, 0).into(), gate.clone()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let strangers: [&[u8]; 4] =
+            [b"GET / HTTP/1.1\r\nHost: example\r\n\r\n", &[0; 32], &[0xff; 5_000_000], b"\x89GODW"];
+        runtime.block_on(async {
+            let socket = config::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+            let endpoint = Endpoint::new(config::endpoint(), None, socket, Arc::new(quinn::TokioRuntime)).unwrap();
+            for stranger in strangers {
+                let (tls, _) = tls::client(listener.fingerprint()).unwrap();
+                let mut client = quinn::ClientConfig::new(Arc::new(tls));
+                client.transport_config(config::dialler());
+                let connecting = endpoint.connect_with(client, listener.address(), tls::SERVER_NAME).unwrap();
+                let connection = connecting.await.unwrap();
+                let (mut send, mut receive) = connection.open_bi().await.unwrap();
+                // Its window is too small for the largest: the listener does not take in what it did not ask for.
+                let _ = send.write_all(stranger).await;
+                let _ = send.finish();
+                assert!(receive.read_to_end(100).await.is_err(), "the connection is closed without an answer");
+            }
+        });
+        assert_eq!(gate.turned_away(), strangers.len() as u64);
+
+        let dial = QuicDial::new(uri, vec![listener.address()], listener.fingerprint());
+        let _dialled = dial.control(LIMIT).unwrap();
+        assert!(gate.controls.pop(LIMIT).is_ok());
+    }
+
     /// Whatever the number of this host's cores, both ways of driving connections work.
     #[test]
     fn connections_are_driven_together_or_apart() {
