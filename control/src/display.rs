@@ -13,11 +13,14 @@ use crate::units::{approximate_bytes, approximate_ms, approximate_rate};
 /// Plain lines come this far apart.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// And this far if nothing has changed.
+const SAME_LINE_INTERVAL: Duration = Duration::from_secs(30);
+
 /// Shows how a move gets on, on stderr.
 pub struct Display {
     /// On a terminal.
     bar: Option<ProgressBar>,
-    last_line: Option<Instant>,
+    last_line: Option<(Instant, String)>,
 }
 
 impl Display {
@@ -39,9 +42,9 @@ impl Display {
             bar.set_length(progress.total_bytes.max(1));
             bar.set_position(progress.total_bytes.saturating_sub(progress.remaining_bytes));
             bar.set_message(text);
-        } else if self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL) {
-            self.last_line = Some(Instant::now());
-            say(text);
+        } else if self.last_line.as_ref().is_none_or(|(when, last)| when.elapsed() >= interval(*last == text)) {
+            say(&text);
+            self.last_line = Some((Instant::now(), text));
         }
     }
 
@@ -79,9 +82,14 @@ impl Default for Display {
     }
 }
 
+fn interval(says_the_same: bool) -> Duration {
+    if says_the_same { SAME_LINE_INTERVAL } else { LINE_INTERVAL }
+}
+
 /// Where a move stands, on one line.
 pub fn progress_text(progress: &Progress) -> String {
     let phase = match progress.phase {
+        Some(Phase::PreSwitchover) => return "pre-switchover: converged, waiting for `continue`".into(),
         Some(phase) if phase >= Phase::FirstPass => phase,
         Some(phase) => return phase.to_string(),
         None => return "starting".into(),

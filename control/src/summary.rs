@@ -31,7 +31,7 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
         }
     }
     row("rounds", outcome.rounds.to_string());
-    let mean = outcome.wire_bytes as f64 * 1000.0 / outcome.total_ms;
+    let mean = outcome.wire_bytes as f64 * 1000.0 / outcome.total_ms.max(1.0);
     row(
         "on the wire",
         format!("{} ({} on average)", approximate_bytes(outcome.wire_bytes as f64), approximate_rate(mean)),

@@ -100,6 +100,17 @@ fn every_command_before_negotiation_is_not_found() {
 }
 
 #[test]
+fn a_client_that_ends_no_line_is_answered() {
+    let served = serve();
+    let mut raw = Raw::connect(&served);
+    raw.stream.write_all(br#"{"execute":"qmp_capabilities"}"#).unwrap();
+    assert_eq!(raw.read(), json!({"return": {}}));
+    raw.stream.write_all(br#"{"execute":"echo","arguments":{"a":"}"},"id":1}{"execute":"echo","id":2}"#).unwrap();
+    assert_eq!(raw.read()["return"], json!({"a": "}"}));
+    assert_eq!(raw.read()["id"], 2);
+}
+
+#[test]
 fn garbage_is_answered_and_the_connection_survives() {
     let served = serve();
     let mut raw = Raw::negotiated(&served);

@@ -97,10 +97,14 @@ fn status(args: &StatusArgs, json: bool) -> Result<ExitCode, Failure> {
         }
     } else if let Some(uri) = migration["uri"].as_str() {
         let outcome = &migration["outcome"];
+        out(format_args!("last move, to {uri}: {}", text(&outcome["outcome"])));
         for reason in outcome["reasons"].as_array().into_iter().flatten() {
-            out(format_args!("reason: {}", text(reason)));
+            out(format_args!("  {}", text(reason)));
         }
-        out(format_args!("last move, to {uri}: {}: {}", text(&outcome["outcome"]), text(&outcome["state"])));
+        // What it says of the guest was so then, and is so still unless the guest runs.
+        if outcome["outcome"] == "unknown" && status["running"] == false {
+            out(text(&outcome["state"]));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

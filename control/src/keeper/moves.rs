@@ -92,7 +92,11 @@ impl Move {
                 OutcomeKind::Cancelled => "cancelled",
             },
             None if self.teller.cancelling.load(Ordering::Acquire) => "cancelling",
-            None => self.engine.progress().phase.map_or("setup", status_of),
+            None => match self.engine.progress().phase {
+                // Who hears `completed` asks for the downtime next, which is known with the outcome.
+                Some(Phase::Completed) => status_of(Phase::Commit),
+                phase => phase.map_or("setup", status_of),
+            },
         }
     }
 
@@ -207,7 +211,7 @@ impl Teller {
     }
 
     fn phase(&self, phase: Phase) {
-        if !self.cancelling.load(Ordering::Acquire) {
+        if phase != Phase::Completed && !self.cancelling.load(Ordering::Acquire) {
             self.status(status_of(phase));
         }
         self.publish("GODWIT_PHASE", json!({ "phase": phase }));

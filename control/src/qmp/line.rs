@@ -1,4 +1,7 @@
-//! Reads lines of bounded length.
+//! Splits what a peer writes into messages of bounded length.
+//!
+//! A message is a line. But some clients end none of theirs (QEMU's own Python package among them), so a JSON object
+//! is also a message as soon as its last brace has come.
 
 use std::io::{self, Read};
 
@@ -18,56 +21,68 @@ pub enum Line {
     End,
 }
 
-/// Splits what a peer writes into lines. An error of kind `WouldBlock` or `TimedOut` loses nothing: call again.
+/// Splits what a peer writes into messages. An error of kind `WouldBlock` or `TimedOut` loses nothing: call again.
 pub struct LineReader<R> {
     inner: R,
     limit_bytes: usize,
     buffer: Vec<u8>,
-    /// How much of `buffer` is known to hold no end of line.
-    searched: usize,
-    /// Inside a line that is too long.
+    /// How much of `buffer` has been scanned: the message does not end in it.
+    scanned: usize,
+    scan: Scan,
+    /// Inside a message that is too long.
     skipping: bool,
     ended: bool,
 }
 
 impl<R: Read> LineReader<R> {
-    /// A reader of lines of at most `limit_bytes`.
+    /// A reader of messages of at most `limit_bytes`.
     pub fn new(inner: R, limit_bytes: usize) -> Self {
-        LineReader { inner, limit_bytes, buffer: Vec::new(), searched: 0, skipping: false, ended: false }
+        let scan = Scan::default();
+        LineReader { inner, limit_bytes, buffer: Vec::new(), scanned: 0, scan, skipping: false, ended: false }
     }
 
-    /// Where the lines come from.
+    /// Where the messages come from.
     pub fn get_ref(&self) -> &R {
         &self.inner
     }
 
-    /// The next line that is not blank. What stands before the end of the stream counts as a line.
+    /// The next message that is not blank. What stands before the end of the stream counts as one.
     pub fn next_line(&mut self) -> io::Result<Line> {
         loop {
-            if let Some(end) = self.buffer[self.searched..].iter().position(|&byte| byte == b'\n') {
-                let rest = self.buffer.split_off(self.searched + end + 1);
-                let mut line = std::mem::replace(&mut self.buffer, rest);
-                line.pop();
-                self.searched = 0;
-                if std::mem::take(&mut self.skipping) || line.len() > self.limit_bytes {
+            if let Some(length) = self.message_length() {
+                let rest = self.buffer.split_off(length);
+                let message = std::mem::replace(&mut self.buffer, rest);
+                self.scanned = 0;
+                self.scan = Scan::default();
+                if std::mem::take(&mut self.skipping) || message.trim_ascii_end().len() > self.limit_bytes {
                     return Ok(Line::TooLong);
                 }
-                if line.iter().all(u8::is_ascii_whitespace) {
+                if message.trim_ascii().is_empty() {
                     continue;
                 }
-                return Ok(Line::Text(line));
+                return Ok(Line::Text(message.trim_ascii_end().to_vec()));
             }
-            self.searched = self.buffer.len();
-            if self.searched > self.limit_bytes {
+            if self.scanned > self.limit_bytes {
                 self.skipping = true;
                 self.buffer.clear();
-                self.searched = 0;
+                self.scanned = 0;
             }
             if self.ended {
                 return Ok(Line::End);
             }
             self.fill()?;
         }
+    }
+
+    /// The length of the first message in the buffer, its end included, if it has one.
+    fn message_length(&mut self) -> Option<usize> {
+        while let Some(byte) = self.buffer.get(self.scanned) {
+            self.scanned += 1;
+            if self.scan.ends_with(*byte) {
+                return Some(self.scanned);
+            }
+        }
+        None
     }
 
     fn fill(&mut self) -> io::Result<()> {
@@ -84,6 +99,56 @@ impl<R: Read> LineReader<R> {
         }
         self.buffer.extend_from_slice(&chunk[..length]);
         Ok(())
+    }
+}
+
+/// Looks for the end of one message, byte by byte.
+#[derive(Default)]
+struct Scan {
+    kind: Kind,
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+#[derive(Default, PartialEq)]
+enum Kind {
+    #[default]
+    Blank,
+    Object,
+    Other,
+}
+
+impl Scan {
+    /// Takes in the next byte; true if the message ends with it.
+    fn ends_with(&mut self, byte: u8) -> bool {
+        // No JSON that fits on a line holds one.
+        if byte == b'\n' {
+            return true;
+        }
+        if self.kind == Kind::Blank && !byte.is_ascii_whitespace() {
+            self.kind = if byte == b'{' { Kind::Object } else { Kind::Other };
+        }
+        self.kind == Kind::Object && self.closes(byte)
+    }
+
+    fn closes(&mut self, byte: u8) -> bool {
+        if self.in_string {
+            match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' => self.escaped = true,
+                b'"' => self.in_string = false,
+                _ => {}
+            }
+            return false;
+        }
+        match byte {
+            b'"' => self.in_string = true,
+            b'{' => self.depth += 1,
+            b'}' => self.depth -= 1,
+            _ => {}
+        }
+        self.depth == 0
     }
 }
 
@@ -131,6 +196,18 @@ mod tests {
         let input = b"one\n\n12345678901\n  \r\ntwo\nthree";
         assert_eq!(lines(input, vec![], 10), [text("one"), Line::TooLong, text("two"), text("three")]);
         assert_eq!(lines(&[b'x'; 5000], vec![7; 1000], 10), [Line::TooLong]);
+    }
+
+    #[test]
+    fn an_object_ends_with_its_last_brace() {
+        let text = |text: &str| Line::Text(text.as_bytes().to_vec());
+        let input = br#"{"a":"}\"{"}{"b":{}} {"c":[{}]}"#;
+        let expected = [text(r#"{"a":"}\"{"}"#), text(r#"{"b":{}}"#), text(r#" {"c":[{}]}"#)];
+        assert_eq!(lines(input, vec![1; 100], 100), expected);
+        // Not an object: up to the end of the line. An object that is not whole ends there too.
+        assert_eq!(lines(b"GET {x} y\n{\"a\":{\n}\n", vec![], 100), [text("GET {x} y"), text(r#"{"a":{"#), text("}")]);
+        let long = br#"{"a":"xxxxxxxxxxxxxxxxxxxxx"}{"b":1}"#;
+        assert_eq!(lines(long, vec![3; 100], 10), [Line::TooLong, text(r#"{"b":1}"#)]);
     }
 
     proptest! {

@@ -112,8 +112,11 @@ impl Request {
 /// Reads a command's arguments into `T`, which is to refuse unknown fields.
 pub fn arguments<T: DeserializeOwned>(command: &str, arguments: Arguments) -> Result<T, QmpError> {
     serde_json::from_value(Value::Object(arguments)).map_err(|error| {
-        let text =
-            error.to_string().replace("unknown field", "unknown argument").replace("missing field", "missing argument");
+        let text = error
+            .to_string()
+            .replace("unknown field", "unknown argument")
+            .replace("missing field", "missing argument")
+            .replace("there are no fields", "the command takes none");
         QmpError::generic(format!("{command}: {text}"))
     })
 }
