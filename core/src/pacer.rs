@@ -8,9 +8,9 @@ use std::time::Duration;
 
 /// How much may leave at once after an idle spell, as time at the cap. With [`Pacer::quantum_bytes`] it keeps the
 /// stream smooth below 10 ms, and lets a thread that woke late by this much lose nothing.
-const BURST: Duration = Duration::from_millis(4);
+const BURST: Duration = Duration::from_millis(3);
 /// What is handed to the socket in one call, as time at the cap.
-const QUANTUM: Duration = Duration::from_millis(2);
+const QUANTUM: Duration = Duration::from_millis(1);
 /// One page with its header fits in the smallest quantum.
 const MIN_QUANTUM_BYTES: usize = 4096 + 64;
 /// Keeps what is in flight between encoder and socket within a core's cache.

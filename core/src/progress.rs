@@ -59,6 +59,8 @@ pub struct Progress {
     pub dirty_pages_per_s: f64,
     /// The pause, if it began now.
     pub predicted_pause_ms: Option<f64>,
+    /// Once the destination runs the guest: from the request to pause the vCPUs until then.
+    pub downtime_ms: Option<f64>,
     /// Until the move has ended, if it can be told.
     pub time_left_ms: Option<f64>,
     /// The cap now in force, bytes per second.

@@ -90,6 +90,7 @@ pub struct SourceControl {
     switchover_bytes_per_s: f64,
     wire_bytes_per_page: f64,
     paused_at: Option<Duration>,
+    downtime: Option<Duration>,
     sent_at: Duration,
     report: Report,
 }
@@ -166,6 +167,7 @@ impl SourceControl {
             queue_awaited_since: None,
             cost: FixedCost::default(),
             paused_at: None,
+            downtime: None,
             sent_at: Duration::ZERO,
             report: Report::default(),
         };
@@ -223,6 +225,11 @@ impl SourceControl {
     pub fn predicted_pause(&self) -> Option<Duration> {
         let last = self.report.rounds.last()?;
         Some(Duration::from_secs_f64(last.predicted_pause_ms / 1e3))
+    }
+
+    /// The pause, once it is over: until *running* was heard.
+    pub fn downtime(&self) -> Option<Duration> {
+        self.downtime
     }
 
     /// What the pause can count on, bytes per second.
@@ -475,8 +482,10 @@ impl SourceControl {
         let seconds = sent.duration.as_secs_f64().max(1e-9);
         if sent.wire_bytes >= TELLING_ROUND_BYTES {
             self.wire_bytes_per_page = sent.wire_bytes as f64 / sent.pages.max(1) as f64;
-            if !sent.capped && self.options.switchover_bandwidth_bytes_per_s.is_none() {
-                self.switchover_bytes_per_s = sent.wire_bytes as f64 / seconds;
+            let rate = sent.wire_bytes as f64 / seconds;
+            if self.options.switchover_bandwidth_bytes_per_s.is_none() {
+                // Under a cap a round shows what the link takes at least; without one, what it takes.
+                self.switchover_bytes_per_s = if sent.capped { self.switchover_bytes_per_s.max(rate) } else { rate };
             }
         }
         self.cost.harvest = sent.harvest;
@@ -538,7 +547,8 @@ impl SourceControl {
 
     fn moved(&mut self) {
         self.report.total_ms = self.now.as_secs_f64() * 1e3;
-        self.report.downtime_ms = self.paused_at.map(|at| (self.now - at).as_secs_f64() * 1e3);
+        self.downtime = self.paused_at.map(|at| self.now - at);
+        self.report.downtime_ms = self.downtime.map(|downtime| downtime.as_secs_f64() * 1e3);
         self.enter(Phase::Completed);
         match self.options.audit {
             true => self.act(Action::Audit),

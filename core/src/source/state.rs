@@ -40,6 +40,7 @@ struct Noted {
     setup: Option<Duration>,
     finished: Option<Duration>,
     predicted_pause: Option<Duration>,
+    downtime: Option<Duration>,
     switchover_bytes_per_s: f64,
     dirty_pages_per_s: f64,
     wire_bytes_per_page: f64,
@@ -100,6 +101,7 @@ impl Shared {
         noted.phase = Some(control.phase());
         noted.round = control.round();
         noted.predicted_pause = control.predicted_pause();
+        noted.downtime = control.downtime();
         noted.switchover_bytes_per_s = control.switchover_bytes_per_s();
         if control.phase() >= Phase::FirstPass {
             noted.setup.get_or_insert(now);
@@ -152,6 +154,7 @@ impl Shared {
             rate_bytes_per_s: rate,
             dirty_pages_per_s: noted.dirty_pages_per_s,
             predicted_pause_ms: noted.predicted_pause.map(milliseconds),
+            downtime_ms: noted.downtime.map(milliseconds),
             time_left_ms: time_left.filter(|_| moving).map(milliseconds),
             max_bandwidth_bytes_per_s: self.flow.bytes_per_s(),
             downtime_limit_ms: milliseconds(noted.downtime_limit),
