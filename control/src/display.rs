@@ -27,7 +27,7 @@ impl Display {
     /// A display that shows nothing yet.
     pub fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{wide_msg}\n[{bar:40}] {percent:>3} % of this round")
+            let style = ProgressStyle::with_template("{msg}\n[{bar:40}] {percent:>3} % of this round")
                 .unwrap_or_else(|_| ProgressStyle::default_bar())
                 .progress_chars("=> ");
             ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr()).with_style(style)
@@ -39,9 +39,10 @@ impl Display {
     pub fn progress(&mut self, progress: &Progress) {
         let text = progress_text(progress);
         if let Some(bar) = &self.bar {
+            // Two lines: a terminal of 80 columns shows them whole.
             bar.set_length(progress.total_bytes.max(1));
             bar.set_position(progress.total_bytes.saturating_sub(progress.remaining_bytes));
-            bar.set_message(text);
+            bar.set_message(progress_parts(progress).join("\n"));
         } else if self.last_line.as_ref().is_none_or(|(when, last)| when.elapsed() >= interval(*last == text)) {
             say(&text);
             self.last_line = Some((Instant::now(), text));
@@ -88,29 +89,39 @@ fn interval(says_the_same: bool) -> Duration {
 
 /// Where a move stands, on one line.
 pub fn progress_text(progress: &Progress) -> String {
+    let [sending, guest] = progress_parts(progress);
+    if guest.is_empty() { sending } else { format!("{sending}, {guest}") }
+}
+
+/// What is being sent, and what the guest does and is to expect.
+fn progress_parts(progress: &Progress) -> [String; 2] {
+    let alone = |text: &str| [text.to_owned(), String::new()];
     let phase = match progress.phase {
-        Some(Phase::PreSwitchover) => return "pre-switchover: converged, waiting for `continue`".into(),
+        Some(Phase::PreSwitchover) => return alone("pre-switchover: converged, waiting for `continue`"),
         Some(phase) if phase >= Phase::FirstPass => phase,
-        Some(phase) => return phase.to_string(),
-        None => return "starting".into(),
+        Some(phase) => return alone(phase.into()),
+        None => return alone("starting"),
     };
-    let mut text = format!(
+    let mut sending = format!(
         "{phase}, round {}: {} left, {}",
         progress.round,
         approximate_bytes(progress.remaining_bytes as f64),
         approximate_rate(progress.rate_bytes_per_s),
     );
     if let Some(cap) = progress.max_bandwidth_bytes_per_s {
-        text += &format!(" (cap {})", approximate_rate(cap as f64));
+        sending += &format!(" (cap {})", approximate_rate(cap as f64));
     }
-    text += &format!(", guest dirties {:.0} pages/s", progress.dirty_pages_per_s);
+    let mut guest = Vec::new();
+    if progress.dirty_pages_per_s > 0.0 {
+        guest.push(format!("guest dirties {:.0} pages/s", progress.dirty_pages_per_s));
+    }
     if let Some(pause_ms) = progress.predicted_pause_ms {
-        text += &format!(", predicted pause {}", approximate_ms(pause_ms));
+        guest.push(format!("predicted pause {}", approximate_ms(pause_ms)));
     }
     if let Some(left_ms) = progress.time_left_ms {
-        text += &format!(", {} to go", approximate_ms(left_ms));
+        guest.push(format!("{} to go", approximate_ms(left_ms)));
     }
-    text
+    [sending, guest.join(", ")]
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use godwit_control::parameters::Settings;
 use godwit_control::qmp::Hub;
 use godwit_control::qmp::socket::ControlSocket;
 use godwit_core::destination::DestinationOptions;
+use godwit_transport::TransportError;
 use godwit_vmm::config::SerialTarget;
 
 use crate::cli::Cli;
@@ -32,7 +33,11 @@ pub fn main() -> ExitCode {
         Ok(end) => tell(&end),
         Err(error) => {
             say(format_args!("error: {}", godwit_control::error_chain(error.as_ref())));
-            ExitCode::from(EXIT_INTERNAL)
+            // Clear text where it is not allowed is a matter of the command line.
+            match error.downcast_ref() {
+                Some(TransportError::ClearText { .. }) => ExitCode::from(EXIT_USAGE),
+                _ => ExitCode::from(EXIT_INTERNAL),
+            }
         }
     }
 }

@@ -128,12 +128,7 @@ impl Keeper {
             Wake::Machine(event) => self.machine_event(event),
             Wake::MoveEnded => self.move_ended(),
             Wake::Quit => self.asked_to_end(StopCause::Client),
-            Wake::Signal => {
-                if self.shared.state().machine.is_some() && self.pending.is_none() {
-                    tracing::warn!("the machine has no ACPI power button yet: the guest is stopped, not powered down");
-                }
-                self.asked_to_end(StopCause::Signal)
-            }
+            Wake::Signal => self.asked_to_end(StopCause::Signal),
         }
     }
 
@@ -193,6 +188,9 @@ impl Keeper {
         }
         let machine = self.shared.state().machine.clone();
         if let Some(machine) = machine {
+            if *end == End::Stopped(StopCause::Signal) {
+                tracing::warn!("the machine has no ACPI power button yet: the guest is stopped, not powered down");
+            }
             machine.stop();
         }
         hub.drain(DRAIN_LIMIT);

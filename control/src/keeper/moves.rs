@@ -248,10 +248,7 @@ impl Observer for Teller {
                 self.hub.publish("MIGRATION_PASS", json!({ "pass": round.round + 2 }));
                 self.publish("GODWIT_ROUND", json!(round));
             }
-            Event::Decision { text } => {
-                tracing::info!("move {}: {text}", self.number);
-                self.publish("GODWIT_DECISION", json!({ "text": text }));
-            }
+            Event::Decision { text } => self.publish("GODWIT_DECISION", json!({ "text": text })),
         }
     }
 }

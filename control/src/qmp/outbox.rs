@@ -99,8 +99,12 @@ impl Hub {
 
     /// Tells everybody that something has happened. Never waits for a client.
     pub fn publish(&self, name: &str, data: Value) {
+        let mut listeners = self.listeners();
+        if listeners.is_empty() {
+            return;
+        }
         let line = line(&message::event(name, data));
-        self.listeners().retain(|listener| listener.event(&line));
+        listeners.retain(|listener| listener.event(&line));
     }
 
     /// Waits until every listener has been given what is queued for it, for at most `limit`.
