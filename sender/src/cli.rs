@@ -241,3 +241,25 @@ pub(crate) enum GuestAction {
     /// Tell how it is doing
     Status(ControlArgs),
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_left_out_and_what_is_wrong_is_told_apart() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map(drop);
+        assert!(parse("godwit-sender migrate --to unix:/a --max-bandwidth none --downtime-limit 50ms").is_ok());
+        for wrong in ["migrate", "migrate --to unix:/a --channels 0", "migrate --to unix:/a --detach --dry-run", "set"]
+        {
+            assert!(parse(&format!("godwit-sender {wrong}")).is_err(), "{wrong}");
+        }
+    }
+}

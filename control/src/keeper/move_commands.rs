@@ -164,7 +164,7 @@ fn migration_info(last: &Move) -> Value {
     }
     put("total-time", json!(whole(outcome.map_or(progress.elapsed_ms, |outcome| outcome.total_ms))));
     put("setup-time", json!(whole(progress.setup_ms)));
-    match outcome.and_then(|outcome| outcome.downtime_ms) {
+    match outcome.map_or(progress.downtime_ms, |outcome| outcome.downtime_ms) {
         Some(downtime_ms) => put("downtime", json!(whole(downtime_ms))),
         None => {
             put("expected-downtime", json!(whole(progress.predicted_pause_ms.unwrap_or(progress.downtime_limit_ms))))

@@ -92,11 +92,14 @@ impl Move {
                 OutcomeKind::Cancelled => "cancelled",
             },
             None if self.teller.cancelling.load(Ordering::Acquire) => "cancelling",
-            None => match self.engine.progress().phase {
-                // Who hears `completed` asks for the downtime next, which is known with the outcome.
-                Some(Phase::Completed) => status_of(Phase::Commit),
-                phase => phase.map_or("setup", status_of),
-            },
+            None => {
+                let progress = self.engine.progress();
+                match progress.phase {
+                    // Who hears `completed` asks for the downtime next.
+                    Some(Phase::Completed) if progress.downtime_ms.is_none() => status_of(Phase::Commit),
+                    phase => phase.map_or("setup", status_of),
+                }
+            }
         }
     }
 
@@ -211,6 +214,7 @@ impl Teller {
     }
 
     fn phase(&self, phase: Phase) {
+        // The end is told with the outcome.
         if phase != Phase::Completed && !self.cancelling.load(Ordering::Acquire) {
             self.status(status_of(phase));
         }
