@@ -1,6 +1,6 @@
 //! The control socket: QMP, as QEMU's clients speak it.
 //!
-//! [`message`] knows the messages and [`line`] the framing; [`server`] answers any number of clients, each with a
+//! [`message`] knows the messages and [`mod@line`] the framing; [`server`] answers any number of clients, each with a
 //! bounded [`outbox`], and [`client`] is the other end.
 
 pub mod client;
