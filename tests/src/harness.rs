@@ -28,7 +28,7 @@ pub enum Need {
 
 impl Need {
     /// What is missing, if it is.
-    pub fn missing(self) -> Option<&'static str> {
+    fn missing(self) -> Option<&'static str> {
         let there = match self {
             Need::Kvm => fs::File::options().read(true).write(true).open("/dev/kvm").is_ok(),
             Need::Root => nix::unistd::geteuid().is_root(),

@@ -107,6 +107,16 @@ pub fn largest_gap<'a>(vcpus: impl IntoIterator<Item = (&'a Trace, &'a Trace)>) 
     largest.ok_or(NoGap::NoVcpu)
 }
 
+/// Whether some vCPU ran at the destination before all had stopped at the source.
+pub fn overlaps<'a>(vcpus: impl Iterator<Item = (&'a Trace, &'a Trace)> + Clone) -> bool {
+    let stopped = vcpus.clone().filter_map(|(source, _)| source.last_change()).map(|change| change.at_ns).max();
+    let resumed = vcpus.filter_map(|(source, destination)| {
+        let last = source.last_change().map_or(0, |change| change.value);
+        destination.first_above(last).map(|change| change.at_ns)
+    });
+    resumed.min().zip(stopped).is_some_and(|(resumed, stopped)| resumed <= stopped)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,6 +169,15 @@ mod tests {
         let gap = largest_gap([(&fast, &fast_there), (&slow, &slow_there)]).unwrap();
         assert_eq!(gap.gap_ms, 7.0);
         assert_eq!(largest_gap([]), Err(NoGap::NoVcpu));
+    }
+
+    #[test]
+    fn one_vcpu_that_runs_on_at_the_source_is_an_overlap() {
+        let (early, late) = (trace(&[(0, 1), (5, 2), (20, 2)]), trace(&[(0, 1), (9, 2), (20, 2)]));
+        let (first, second) = (trace(&[(6, 1), (8, 3)]), trace(&[(6, 1), (12, 3)]));
+        assert!(overlaps([(&early, &first), (&late, &second)].into_iter()));
+        let first = trace(&[(6, 1), (10, 3)]);
+        assert!(!overlaps([(&early, &first), (&late, &second)].into_iter()));
     }
 
     #[test]

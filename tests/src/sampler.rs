@@ -13,7 +13,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
 use crate::clock::monotonic_ns;
-use crate::heartbeat::{Gap, Trace, largest_gap};
+use crate::heartbeat::{Gap, Trace, largest_gap, overlaps};
 
 /// Sleep between two samples. With timers exact to the nanosecond a round takes about 20 µs more than this.
 const PERIOD: Duration = Duration::from_micros(100);
@@ -102,6 +102,12 @@ impl Sampler {
             return Err(anyhow!("the destination's memory was not found, so its heartbeat could not be watched"));
         }
         Ok(largest_gap(traces.source.vcpus.iter().zip(&traces.destination.vcpus))?)
+    }
+
+    /// Whether some vCPU was seen to run at the destination before the last change that was seen at the source.
+    pub fn both_ran(&self) -> bool {
+        let traces = self.shared.traces();
+        overlaps(traces.source.vcpus.iter().zip(&traces.destination.vcpus))
     }
 }
 

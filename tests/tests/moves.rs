@@ -65,7 +65,7 @@ fn kvm(name: impl Into<String>, run: impl FnOnce(&Scene) -> Result<()> + Send + 
 }
 
 /// So slow, as far as the engine can know, that there must be rounds after the first pass.
-const SLOW: [&str; 4] = ["--max-bandwidth", "2Gbit", "--switchover-bandwidth", "500Mbit"];
+const SLOW: [&str; 4] = ["--max-bandwidth", "2Gbit", "--switchover-bandwidth", "50Mbit"];
 
 /// One move, and the end of the process that sent.
 fn over(scene: &Scene, listen: &str, workload: &Workload, options: &[&str]) -> Result<()> {

@@ -138,7 +138,8 @@ fn apt_command(packages: &[&str]) -> String {
     format!("apt-get install {}", packages.join(" "))
 }
 
-fn is_root() -> bool {
+/// Whether we may install packages and make namespaces.
+pub(crate) fn is_root() -> bool {
     // The owner of /proc/self is the effective user.
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)

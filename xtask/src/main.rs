@@ -1,8 +1,9 @@
 //! The project's own commands: `cargo xtask …`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
 mod deps;
@@ -66,10 +67,27 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Deps { install } => deps::run(install),
         Command::Test { names } => test::run(&names),
-        Command::Demo { json } => measure("demo", &[], json),
+        Command::Demo { json } => demo(json),
         Command::Audit => audit(),
-        Command::CompareQemu { pairs, json } => measure("compare-qemu", &["--pairs".into(), pairs.to_string()], json),
+        Command::CompareQemu { pairs, json } => {
+            deps::require(&["qemu-system-x86_64"])?;
+            measure("compare-qemu", &["--pairs".into(), pairs.to_string()], json)
+        }
     }
+}
+
+fn demo(json: bool) -> Result<ExitCode> {
+    if !Path::new("/dev/kvm").exists() {
+        bail!(
+            "this machine has no /dev/kvm: load its module (modprobe kvm_intel or kvm_amd), switch virtualisation on in \
+             the firmware, or run the demo on another machine"
+        );
+    }
+    if !deps::is_root() {
+        bail!("the demo needs root, for network namespaces of its own: sudo env \"PATH=$PATH\" cargo xtask demo");
+    }
+    deps::require(&["ip"])?;
+    measure("demo", &[], json)
 }
 
 fn audit() -> Result<ExitCode> {

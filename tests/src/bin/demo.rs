@@ -4,11 +4,11 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use godwit_tests::counters::{TCP_HEADER_BYTES, UDP_HEADER_BYTES};
 use godwit_tests::godwit::Node;
-use godwit_tests::harness::{Need, Scene};
+use godwit_tests::harness::Scene;
 use godwit_tests::measure::{Link, LinkUse, Measured, measure};
 use godwit_tests::netns::Hosts;
 use godwit_tests::workload::Workload;
@@ -59,15 +59,6 @@ fn main() -> ExitCode {
 }
 
 fn run(json: bool) -> Result<()> {
-    if Need::Kvm.missing().is_some() {
-        bail!(
-            "the demo needs /dev/kvm, readable and writable: load the kernel's module (modprobe kvm_intel or kvm_amd), \
-             switch virtualisation on in the firmware, or join the group kvm"
-        );
-    }
-    if Need::Root.missing().is_some() {
-        bail!("the demo needs root, for network namespaces of its own: sudo env \"PATH=$PATH\" cargo xtask demo");
-    }
     let scene = Scene::new()?;
     let runs = demo(&scene).with_context(|| format!("{}the demo failed", scene.logs()))?;
     eprintln!("\n{}", table(&runs));

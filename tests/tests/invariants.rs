@@ -1,0 +1,158 @@
+//! The design's invariants, where other tests do not show them already.
+//!
+//! | invariant | shown by |
+//! |---|---|
+//! | 1, at most one host runs the guest | here; `running_lost_after_commit` and `receiver_killed_after_commit` in faults.rs |
+//! | 2, a failure before *commit* leaves the guest as it was | faults.rs, every phase; here: nothing slows it afterwards |
+//! | 3, no byte that was written is lost | the guest's check and the audit after every move |
+//! | 4, what arrived is what was last sent | here: a bit that changed on the way is found, and so is a lost write |
+//! | 5, nothing a peer sends harms | peers.rs |
+//! | 6, every wait has a limit | the silent peers in peers.rs, the cut links in faults.rs |
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::clock::{monotonic_ns, ms};
+use godwit_tests::godwit::{Ended, Node};
+use godwit_tests::harness::{self, Need, Scene};
+use godwit_tests::sampler::Sampler;
+use godwit_tests::wait;
+use godwit_tests::workload::{self, Workload};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const TCP: &str = "tcp://127.0.0.1:0";
+
+/// The byte of a channel that the bad wire changes: only a data channel carries as much, and there it is of a page that
+/// is filled at boot and not sent again.
+const CORRUPTED_BYTE: usize = 100_000_000;
+
+/// Filled at boot, never written again.
+const FILLED_PAGE: u64 = 100 << 20;
+
+fn main() {
+    harness::main(vec![
+        harness::test("at_most_one_host_runs_the_guest", &[Need::Kvm], at_most_one_host_runs_the_guest),
+        harness::test("a_bit_changed_on_the_way_ends_the_move", &[Need::Kvm], a_bit_changed_on_the_way_ends_the_move),
+        harness::test("the_audit_finds_a_lost_write", &[Need::Kvm], the_audit_finds_a_lost_write),
+        harness::test("a_failed_move_does_not_slow_the_guest", &[Need::Kvm], a_failed_move_does_not_slow_the_guest),
+    ])
+}
+
+fn at_most_one_host_runs_the_guest(scene: &Scene) -> Result<()> {
+    let workload = Workload { vcpus: 2, ..Workload::default() };
+    let source = Node::sender(scene, "source", None, &workload, &[])?;
+    let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
+    let sampler = Sampler::start(source.heartbeats(workload.vcpus)?);
+    let pid = destination.process.pid();
+    let mut command = source.start_move(&destination.uri()?, &["--pause-before-switchover"])?;
+    source.wait_for_phase("pre-switchover", LIMIT)?;
+    let header = wait::until("the destination's memory", LIMIT, || Ok(workload::find_header(pid)))?;
+    sampler.watch_destination(workload::heartbeats(pid, header, workload.vcpus));
+    source.command(&["continue"], &[], LIMIT)?.ensure_code(0)?;
+    Ended::wait(&mut command, LIMIT)?.ensure_moved(&destination, &workload)?;
+    let gap = wait::until("the gap", LIMIT, || Ok(sampler.gap().ok()))?;
+    ensure!(!sampler.both_ran(), "a vCPU ran at the destination before all had stopped at the source: {gap:?}");
+    Ok(())
+}
+
+/// The page tables are compared before the destination may own the machine.
+fn a_bit_changed_on_the_way_ends_the_move(scene: &Scene) -> Result<()> {
+    let workload = Workload::default();
+    let source = Node::sender(scene, "source", None, &workload, &[])?;
+    let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
+    let uri = destination.uri()?;
+    let address = uri.strip_prefix("tcp://").context("not a TCP URI")?;
+    let bad_wire = corrupting_relay(address.to_owned())?;
+    let ended = source.move_to(&format!("tcp://{bad_wire}"), &["--compress", "none"], LIMIT)?;
+    ended.ensure_code(4)?.ensure_says(&["not what was sent"])?;
+    source.ensure_guest_unharmed(&workload)?;
+    // Over a good wire, to the same receiver.
+    source.move_to(&uri, &[], LIMIT)?.ensure_moved(&destination, &workload).map(drop)
+}
+
+/// Hands connections on to `address` and flips one bit in a data channel, deep inside page contents.
+fn corrupting_relay(address: String) -> Result<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let own = listener.local_addr()?;
+    thread::spawn(move || {
+        for inward in listener.incoming().map_while(Result::ok) {
+            let Ok(outward) = TcpStream::connect(&address) else { continue };
+            let (Ok(back_in), Ok(back_out)) = (inward.try_clone(), outward.try_clone()) else { continue };
+            thread::spawn(move || relay(inward, outward, Some(CORRUPTED_BYTE)));
+            thread::spawn(move || relay(back_out, back_in, None));
+        }
+    });
+    Ok(own)
+}
+
+fn relay(mut from: TcpStream, mut to: TcpStream, corrupt_at: Option<usize>) {
+    let (mut buffer, mut passed) = (vec![0; 64 << 10], 0);
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        if let Some(at) = corrupt_at.and_then(|at| at.checked_sub(passed)).filter(|&at| at < length) {
+            buffer[at] ^= 0x10;
+        }
+        passed += length;
+        if to.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+    }
+    // The other end learns of the end; if it has gone itself, there is nobody to tell.
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+/// A write that the dirty log misses: both ends agree on the stale page, and only the source's memory knows better.
+fn the_audit_finds_a_lost_write(scene: &Scene) -> Result<()> {
+    let workload = Workload::default();
+    let source = Node::sender(scene, "source", None, &workload, &[])?;
+    let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
+    let mut command = source.start_move(&destination.uri()?, &["--test-hold-at", "pause"])?;
+    source.wait_for_phase("pause", LIMIT)?;
+    // The page was sent in the first pass. KVM's log does not see what other processes write.
+    flip_a_bit(&source.memory()?)?;
+    source.command(&["release"], &[], LIMIT)?.ensure_code(0)?;
+    let outcome = Ended::wait(&mut command, LIMIT)?.outcome()?;
+    let audit = outcome["audit"].as_str().unwrap_or_default();
+    ensure!(audit.starts_with("FAILED: 1 of"), "the audit did not find the lost write: {outcome}");
+    destination.ensure_guest_whole(&workload)
+}
+
+/// With the dirty log or a throttle left on, a guest that writes flat out is several times slower.
+fn a_failed_move_does_not_slow_the_guest(scene: &Scene) -> Result<()> {
+    const SLOWEST_SHARE: f64 = 0.5;
+    let workload = Workload { rate: "max", ..Workload::default() };
+    let source = Node::sender(scene, "source", None, &workload, &[])?;
+    let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
+    let before = writes_per_ms(&source, &workload)?;
+    let options = ["--max-bandwidth", "200Mbit", "--downtime-limit", "1ms", "--max-rounds", "1"];
+    source.move_to(&destination.uri()?, &options, LIMIT)?.ensure_code(4)?;
+    source.ensure_guest_whole(&workload)?;
+    let after = writes_per_ms(&source, &workload)?;
+    println!("writes per ms: {before:.0} before, {after:.0} after");
+    ensure!(after > before * SLOWEST_SHARE, "{before:.0} writes per ms before the move, {after:.0} after");
+    Ok(())
+}
+
+fn flip_a_bit(memory: &godwit_tests::guest_memory::RemoteMemory) -> Result<()> {
+    let mut byte = [0];
+    memory.read(FILLED_PAGE, &mut byte)?;
+    memory.write(FILLED_PAGE, &[byte[0] ^ 1])
+}
+
+/// How fast the guest writes, over a while.
+fn writes_per_ms(node: &Node, workload: &Workload) -> Result<f64> {
+    const WINDOW_MS: f64 = 500.0;
+    let target = workload::writes(node.heartbeats(workload.vcpus)?);
+    let mut values = Vec::new();
+    let mut total = || {
+        target.read(&mut values).context("cannot read the guest's counters")?;
+        Ok::<u64, anyhow::Error>(values.iter().sum())
+    };
+    let (start_ns, start) = (monotonic_ns(), total()?);
+    wait::until("the window", LIMIT, || {
+        let (taken_ms, now) = (ms(monotonic_ns() - start_ns), total()?);
+        Ok((taken_ms >= WINDOW_MS).then(|| (now - start) as f64 / taken_ms))
+    })
+}
