@@ -47,7 +47,12 @@ impl Reception {
             let Some(control) = self.listener.next_control(ACCEPT_POLL)? else { continue };
             self.let_the_last_one_leave();
             if let Some(busy) = self.keeper.busy_with() {
-                self.turn_away(control, &busy);
+                // On a thread of its own: a peer that is slow to hear it must not keep the next one waiting.
+                let reception = Arc::clone(&self);
+                let turn_away = move || reception.turn_away(control, &busy);
+                if let Err(error) = thread::Builder::new().name("turn-away".into()).spawn(turn_away) {
+                    tracing::warn!("a peer was turned away without a word: no thread could be started: {error}");
+                }
                 continue;
             }
             // From here on the keeper is busy, so the next peer is turned away.
