@@ -12,6 +12,7 @@ use crate::Failure;
 use crate::cli::{ClientVerb, ControlArgs, ResumeArgs, SetArgs, ShowArgs, StatusArgs};
 use crate::follow::{OnInterrupt, follow};
 use crate::guest::guest;
+use crate::interrupt::Interrupts;
 use crate::migrate::{migrate, or_zero, whole_ms};
 
 /// Does what `verb` says.
@@ -68,7 +69,7 @@ fn cancel(control: &ControlArgs, json: bool) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     };
     client.execute("migrate_cancel", json!({}))?;
-    let followed = follow(&mut client, number, json, OnInterrupt::Leave)?;
+    let followed = follow(&mut client, number, json, &Interrupts::count()?, OnInterrupt::Leave)?;
     Ok(followed.exit_code_of_cancel())
 }
 
@@ -77,7 +78,7 @@ fn status(args: &StatusArgs, json: bool) -> Result<ExitCode, Failure> {
     if args.watch
         && let Some(number) = active_move(&mut client)?
     {
-        return Ok(follow(&mut client, number, json, OnInterrupt::Leave)?.exit_code());
+        return Ok(follow(&mut client, number, json, &Interrupts::count()?, OnInterrupt::Leave)?.exit_code());
     }
     let name = client.execute("query-name", json!({}))?;
     let status = client.execute("query-status", json!({}))?;

@@ -58,9 +58,9 @@ pub(crate) fn follow(
     client: &mut Client,
     number: u64,
     json: bool,
+    interrupts: &Interrupts,
     on_interrupt: OnInterrupt,
 ) -> Result<Followed, Failure> {
-    let interrupts = Interrupts::count()?;
     let mut display = Display::new();
     let mut heeded = 0;
     loop {

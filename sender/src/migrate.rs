@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::Failure;
 use crate::cli::{MigrateArgs, OnStallArg, Switch};
 use crate::follow::{OnInterrupt, follow};
+use crate::interrupt::Interrupts;
 
 /// Machines have no disks yet, so that there is only this way.
 const OWNERSHIP_NONE: &str = "ownership none (the machine has no disk on shared storage): should the network break \
@@ -33,6 +34,8 @@ pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failur
     if let Some(phase) = args.test_hold_at {
         request["hold-at"] = json!(phase);
     }
+    // Before the move begins: from then on Ctrl-C has to call it off.
+    let interrupts = Interrupts::count()?;
     let started = match client.execute("x-godwit-migrate", request) {
         Ok(started) => started,
         Err(ClientError::Command(error)) => return Ok(refused(&error.to_string(), json)),
@@ -46,7 +49,7 @@ pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failur
         }
         return Ok(ExitCode::SUCCESS);
     }
-    Ok(follow(&mut client, number, json, OnInterrupt::Cancel)?.exit_code())
+    Ok(follow(&mut client, number, json, &interrupts, OnInterrupt::Cancel)?.exit_code())
 }
 
 /// The URI in its full form. What can be told to be wrong without asking anybody is a mistake in the command line.
