@@ -54,7 +54,7 @@ pub struct Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SessionToken(pub [u8; 16]);
 
-/// Reaches a destination. Implemented by a transport for the source.
+/// Reaches a destination. Implemented by a transport for the source. Its errors say whom they could not reach, and why.
 pub trait Dial: Send + Sync {
     /// Opens the control channel within `limit`.
     fn control(&self, limit: Duration) -> io::Result<Channel>;

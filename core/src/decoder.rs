@@ -235,12 +235,13 @@ mod tests {
         Layout::new(&[region(0, 5 << 20), region(4 << 30, 3 << 20)]).unwrap()
     }
 
+    /// Every page's last contents by frame, the marks, and whether the stream was complete.
+    type Arrived = (BTreeMap<u64, Page>, Vec<u64>, bool);
+    /// The pages of one visit to a stripe: offset, and kind and seed of the contents.
+    type Visited = BTreeMap<usize, (u8, u64)>;
+
     /// Feeds bytes to a decoder and returns every page's last contents, by frame.
-    fn decode(
-        bytes: &[u8],
-        channel: usize,
-        channels: usize,
-    ) -> Result<(BTreeMap<u64, Page>, Vec<u64>, bool), DecodeError> {
+    fn decode(bytes: &[u8], channel: usize, channels: usize) -> Result<Arrived, DecodeError> {
         let layout = layout();
         let mut decoder = ChannelDecoder::new(&layout, channel, channels).unwrap();
         let (mut pages, mut marks, mut rest) = (BTreeMap::new(), Vec::new(), bytes);
@@ -298,11 +299,7 @@ mod tests {
         page
     }
 
-    fn encode(
-        visits: &[(usize, BTreeMap<usize, (u8, u64)>)],
-        zstd: Option<i32>,
-        every: usize,
-    ) -> (Vec<u8>, BTreeMap<u64, Page>) {
+    fn encode(visits: &[(usize, Visited)], zstd: Option<i32>, every: usize) -> (Vec<u8>, BTreeMap<u64, Page>) {
         let layout = layout();
         let mut encoder = ChannelEncoder::new(zstd.map(ZstdLevel)).unwrap();
         let (mut bytes, mut expected) = (Vec::new(), BTreeMap::new());
@@ -330,7 +327,7 @@ mod tests {
         (bytes, expected)
     }
 
-    fn visits() -> impl Strategy<Value = Vec<(usize, BTreeMap<usize, (u8, u64)>)>> {
+    fn visits() -> impl Strategy<Value = Vec<(usize, Visited)>> {
         let pages = prop::collection::btree_map(0usize..64, (0u8..4, any::<u64>()), 0..40);
         prop::collection::vec((0usize..5, pages), 0..6)
     }

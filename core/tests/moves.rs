@@ -457,7 +457,8 @@ fn a_peer_that_is_turned_away_hears_why() {
     let migration = SourceMigration::start(Arc::clone(&machine) as _, dial, options(), Arc::new(Silent));
     refuse(listener.next_control(LIMIT).unwrap().expect("a peer"), "fw1 is moving in");
     let outcome = migration.wait();
-    assert!(matches!(&*outcome, SourceOutcome::Failed(why, _) if why.contains("fw1 is moving in")), "{outcome:?}");
+    let SourceOutcome::Refused(refusals) = &*outcome else { panic!("{outcome:?}") };
+    assert!(refusals[0].reason.contains("fw1 is moving in"), "{refusals:?}");
     assert_runs_on(&machine);
 }
 

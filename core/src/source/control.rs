@@ -19,7 +19,7 @@ use std::time::Duration;
 
 pub use self::vocabulary::{Action, Done, Input, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
-use crate::machine::MachineDescription;
+use crate::machine::{MachineDescription, Refusal};
 use crate::message::{
     Commit, Hello, Message, PreflightRequest, PrepareRequest, RoundStart, TableSum, TimedStep, VERSION,
 };
@@ -55,7 +55,7 @@ const HANDOVER_TRIPS: u32 = 2;
 /// How the move ends, once the guest is as it was.
 enum Ending {
     Failed(String),
-    Refused(Vec<crate::machine::Refusal>),
+    Refused(Vec<Refusal>),
     Cancelled,
     WouldMove,
 }
@@ -274,6 +274,10 @@ impl SourceControl {
         match input {
             Input::Done(Done::Restored(result)) => return self.restored(result),
             _ if self.ending.is_some() => return,
+            // Whoever says no before anything was asked of it, refuses.
+            Input::Message(Message::Abort(why)) if self.phase <= Phase::Preflight => {
+                self.end(Ending::Refused(vec![Refusal::new("destination", why)]));
+            }
             Input::Message(Message::Abort(why)) => self.fail(format!("{} gave up: {why}", self.peer_host)),
             Input::Message(message) => self.message(message),
             Input::Done(done) => self.done(done),
@@ -352,10 +356,11 @@ impl SourceControl {
 
     fn hello(&mut self, hello: Hello) {
         if hello.version.major != VERSION.major {
-            return self.fail(format!(
+            let why = format!(
                 "{} ({}) speaks protocol {}.{}, this end {}.{}: the same version of Godwit is needed on both ends",
                 hello.host, hello.program, hello.version.major, hello.version.minor, VERSION.major, VERSION.minor
-            ));
+            );
+            return self.end(Ending::Refused(vec![Refusal::new("protocol", why)]));
         }
         self.peer_host = hello.host;
         self.ask_clock();
@@ -558,6 +563,7 @@ impl SourceControl {
 
     fn unknown(&mut self, why: String) {
         self.act(Action::HangUp);
+        self.report.total_ms = self.now.as_secs_f64() * 1e3;
         self.finish(|report| SourceOutcome::Unknown(why, report));
     }
 

@@ -92,9 +92,7 @@ impl Opening {
             sum: 0,
         };
         for index in 0..self.channels {
-            let cannot = |error| {
-                MachineError::with_source(format!("cannot open data channel {index} to {}", self.dial.uri()), error)
-            };
+            let cannot = |error| MachineError::with_source(format!("cannot open data channel {index}"), error);
             let channel = self.dial.data(self.token, index, CONNECT_LIMIT).map_err(cannot)?;
             let worker = Worker::new(Arc::clone(&shared), index.into(), channel.writer).map_err(cannot)?;
             let (orders, queue) = mpsc::channel();

@@ -278,7 +278,7 @@ impl Driver {
                     handle.set_link(link);
                     Input::Done(Done::Connected)
                 }
-                Err(error) => Input::Failed(format!("cannot connect to {}: {error}", dial.uri())),
+                Err(error) => Input::Failed(error.to_string()),
             };
             let _ = events.send(input.into());
         });
