@@ -15,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::clock::monotonic_ns;
+use crate::priority::wake_on_time;
 
 /// Ethernet, IPv4 and TCP headers with the timestamp option, which Linux always negotiates.
 pub const TCP_HEADER_BYTES: u64 = 14 + 20 + 20 + 12;
@@ -135,6 +136,7 @@ impl Drop for CounterSampler {
 
 impl Shared {
     fn run(&self, interface: &Interface, header_bytes: u64) -> Result<()> {
+        wake_on_time();
         while !self.stop.load(Ordering::Relaxed) {
             let before_ns = monotonic_ns();
             let traffic = interface.traffic()?;

@@ -14,6 +14,7 @@
 //! | [`measure`] | a whole move measured |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`harness`] | tests that say at run time why they cannot run here |
+//! | [`clock`], [`priority`] | the time, and threads that wake up on it |
 //! | [`wait`] | waiting for a condition, never longer than a limit |
 
 pub mod clock;
@@ -24,6 +25,7 @@ pub mod harness;
 pub mod heartbeat;
 pub mod measure;
 pub mod netns;
+pub mod priority;
 pub mod process;
 pub mod qemu;
 pub mod sampler;

@@ -8,12 +8,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use nix::sys::prctl;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
 use crate::clock::monotonic_ns;
 use crate::heartbeat::{Gap, Trace, largest_gap, overlaps};
+use crate::priority::wake_on_time;
 
 /// Sleep between two samples. With timers exact to the nanosecond a round takes about 20 µs more than this.
 const PERIOD: Duration = Duration::from_micros(100);
@@ -140,9 +140,7 @@ impl Watched {
 
 impl Shared {
     fn run(&self) {
-        // Without this the kernel may deliver each wake-up 50 µs late. If it fails, samples are only further apart,
-        // which the gap's uncertainty tells.
-        let _ = prctl::set_timerslack(1);
+        wake_on_time();
         let mut values = Vec::new();
         while !self.stop.load(Ordering::Relaxed) {
             {
