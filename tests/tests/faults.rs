@@ -51,6 +51,7 @@ fn main() {
         harness::test("running_lost_after_commit", &[Need::Kvm, Need::Root], running_lost_after_commit),
         harness::test("cancelling_after_commit_is_refused", &[Need::Kvm], cancelling_after_commit_is_refused),
         harness::test("an_interrupt_of_the_client_cancels", &[Need::Kvm], an_interrupt_of_the_client_cancels),
+        harness::test("a_receiver_outlives_its_sender", &[Need::Kvm], a_receiver_outlives_its_sender),
         harness::test("link_lost_and_found_in_rounds", &[Need::Kvm, Need::Root], link_lost_and_found_in_rounds),
     ]);
     harness::main(tests)
@@ -203,6 +204,18 @@ fn an_interrupt_of_the_client_cancels(scene: &Scene) -> Result<()> {
     client.signal(Signal::SIGINT)?;
     Ended::wait(&mut client, LIMIT)?.ensure_code(5)?;
     set.ensure_second_try_succeeds()
+}
+
+/// The guest dies with its sender; the receiver drops the half it has and takes the next machine in.
+fn a_receiver_outlives_its_sender(scene: &Scene) -> Result<()> {
+    let mut set = Try::here(scene)?;
+    let _command = set.hold_at(Phase::Rounds, &[])?;
+    set.source.process.kill()?;
+    wait::until_true("the receiver listens again", LIMIT, || {
+        Ok(set.first.process.stderr().contains("listening again"))
+    })?;
+    let next = Node::sender(scene, "next", None, &WORKLOAD, &[])?;
+    next.move_to(&set.first.uri()?, &OPTIONS, LIMIT)?.ensure_moved(&set.first, &WORKLOAD).map(drop)
 }
 
 /// A short break heals by itself: TCP sends again what was lost.

@@ -32,6 +32,7 @@ fn main() {
         }),
         kvm("unverified", |scene| over(scene, TCP, &Workload::default(), &["--verify", "off"])),
         kvm("two_vcpus", |scene| over(scene, TCP, &Workload { vcpus: 2, ..Workload::default() }, &[])),
+        kvm("memory_in_a_memfd", memory_in_a_memfd),
         kvm("above_4_gib", above_4_gib),
         kvm("onward_and_back", onward_and_back),
         kvm("the_gap_is_short", the_gap_is_short),
@@ -77,6 +78,13 @@ fn over(scene: &Scene, listen: &str, workload: &Workload, options: &[&str]) -> R
     let status = source.process.wait(LIMIT)?;
     ensure!(status.code() == Some(0), "a sender whose machine has moved ended with {status}");
     Ok(())
+}
+
+fn memory_in_a_memfd(scene: &Scene) -> Result<()> {
+    let workload = Workload::default();
+    let source = Node::sender(scene, "source", None, &workload, &["--memory-backing", "memfd"])?;
+    let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
+    source.move_to(&destination.uri()?, &SLOW, LIMIT)?.ensure_moved(&destination, &workload).map(drop)
 }
 
 /// The working set lies on both sides of 4 GiB.

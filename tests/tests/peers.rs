@@ -29,6 +29,8 @@ fn main() {
         test("noise_after_a_good_preamble", |_, receiver| after_preamble(receiver, &noise(64 << 10))),
         test("zeros_after_a_good_preamble", |_, receiver| after_preamble(receiver, &[0; 4096])),
         test("ones_after_a_good_preamble", |_, receiver| after_preamble(receiver, &[0xff; 4096])),
+        test("an_oversized_length", |_, receiver| after_preamble(receiver, &frame(u32::MAX, &[0; 4096]))),
+        test("a_truncated_message", |_, receiver| after_preamble(receiver, &frame(200, &[0; 100]))),
         test("silence_after_a_good_preamble", |_, receiver| after_preamble(receiver, b"")),
         test("the_end_after_a_good_preamble", |_, receiver| the_end_after_a_good_preamble(receiver)),
         harness::test("a_second_sender_is_refused_by_name", &[Need::Kvm], a_second_sender_is_refused_by_name),
@@ -98,6 +100,12 @@ fn after_preamble(receiver: &Node, bytes: &[u8]) -> Result<()> {
     // What it said, if anything, and then the end.
     while matches!(channel.reader.read(&mut answer), Ok(length) if length > 0) {}
     Ok(())
+}
+
+/// The beginning of a control message as docs/protocol.md has it: a *hello* that claims to be this long.
+fn frame(length: u32, payload: &[u8]) -> Vec<u8> {
+    let checksum = 0u32;
+    [b"GWCT", &1u16.to_le_bytes()[..], &[0; 2], &length.to_le_bytes(), &checksum.to_le_bytes(), payload].concat()
 }
 
 fn the_end_after_a_good_preamble(receiver: &Node) -> Result<()> {
