@@ -53,7 +53,9 @@ pub struct Scene {
 impl Scene {
     /// An empty one.
     pub fn new() -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("godwit-").tempdir().context("cannot make a directory")?;
+        remove_abandoned();
+        let prefix = process::own_name("");
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir().context("cannot make a directory")?;
         Ok(Self { directory })
     }
 
@@ -73,6 +75,16 @@ impl Scene {
             format!("{}:\n{}", path.display(), process::tail(&String::from_utf8_lossy(&text)))
         };
         logs.iter().map(show).collect()
+    }
+}
+
+/// Removes directories whose maker was killed before it could.
+fn remove_abandoned() {
+    for entry in fs::read_dir(env::temp_dir()).into_iter().flatten().flatten() {
+        if process::is_abandoned(&entry.file_name().to_string_lossy()) {
+            // Somebody else may have been faster.
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 

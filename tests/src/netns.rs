@@ -13,12 +13,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 
 use crate::counters::Interface;
+use crate::process;
 
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
-
-/// What the names of ours begin with; the id of the process that made them follows.
-const PREFIX: &str = "godwit-";
 
 /// Nobody has this link-layer address.
 const NOBODY: &str = "02:00:00:00:00:01";
@@ -89,7 +87,7 @@ impl Hosts {
     pub fn new(count: usize) -> Result<Self> {
         remove_abandoned();
         let set = SETS_MADE.fetch_add(1, Ordering::Relaxed);
-        let name = |host| format!("{PREFIX}{}-{set}-{host}", std::process::id());
+        let name = |host| process::own_name(&format!("{set}-{host}"));
         let hosts = (0..count).map(|host| Namespace::create(name(host))).collect::<Result<Vec<_>>>()?;
         let hosts = Self { hosts };
         for first in 0..count {
@@ -192,8 +190,7 @@ fn link_name(to: usize) -> String {
 fn remove_abandoned() {
     for entry in fs::read_dir(NAMESPACES).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let maker = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
-        if maker.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+        if process::is_abandoned(&name) {
             // Somebody else may have been faster.
             let _ = ip(&["netns", "delete", &name]);
         }

@@ -16,6 +16,9 @@ use nix::unistd::Pid;
 use crate::netns::Namespace;
 use crate::wait;
 
+/// What the names of things begin with that we make outside ourselves.
+const NAME_PREFIX: &str = "godwit-";
+
 /// How long a killed process may take to be gone.
 const REAP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -122,6 +125,17 @@ pub fn tail(text: &str) -> String {
     shown.map(|line| format!("    {}\n", line.chars().take(SHOWN_CHARACTERS).collect::<String>())).collect()
 }
 
+/// A name for something that outlives us if we are killed: it tells whose it was.
+pub(crate) fn own_name(suffix: &str) -> String {
+    format!("{NAME_PREFIX}{}-{suffix}", std::process::id())
+}
+
+/// Whether a name was made by [`own_name`] in a process that has gone.
+pub(crate) fn is_abandoned(name: &str) -> bool {
+    let maker = name.strip_prefix(NAME_PREFIX).and_then(|rest| rest.split('-').next());
+    maker.and_then(|pid| pid.parse::<u32>().ok()).is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+}
+
 /// Has the child killed with us, and started in `namespace`.
 fn confine(command: &mut Command, namespace: Option<File>) {
     let setup = move || -> io::Result<()> {
@@ -165,6 +179,15 @@ mod tests {
         let never = process.wait_while_running("greeting", Duration::from_secs(5), |_| Ok(None::<()>));
         let text = format!("{:?}", never.unwrap_err());
         assert!(text.contains("broken") && text.contains("greeting: early ended"), "{text}");
+    }
+
+    #[test]
+    fn only_what_a_dead_process_made_is_abandoned() {
+        assert!(!is_abandoned(&own_name("x")));
+        // Above the kernel's largest process id.
+        assert!(is_abandoned("godwit-4194305-x"));
+        assert!(!is_abandoned("godwit-machine"));
+        assert!(!is_abandoned("4194305"));
     }
 
     #[test]
