@@ -69,7 +69,8 @@ impl Namespace {
         Ok(Interface::new(table, name))
     }
 
-    fn path(&self) -> PathBuf {
+    /// The file that stands for it.
+    pub fn path(&self) -> PathBuf {
         Path::new(NAMESPACES).join(&self.name)
     }
 }

@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -139,19 +138,18 @@ fn a_cut_link_is_silent() -> Result<()> {
 }
 
 fn nothing_is_left_behind() -> Result<()> {
-    let list = || -> Result<String> {
-        let output = Command::new("ip").args(["netns", "list"]).output()?;
-        Ok(String::from_utf8(output.stdout)?)
-    };
-    let own = format!("godwit-{}-", std::process::id());
     let hosts = Hosts::new(2)?;
-    ensure!(list()?.contains(&own));
+    let path = hosts.host(1).path();
+    ensure!(path.exists());
     drop(hosts);
-    ensure!(!list()?.contains(&own));
-    let unwound = std::panic::catch_unwind(|| {
-        let _hosts = Hosts::new(2).expect("namespaces");
+    ensure!(!path.exists());
+
+    let hosts = Hosts::new(2)?;
+    let path = hosts.host(1).path();
+    let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+        let _hosts = hosts;
         std::panic::resume_unwind(Box::new("on purpose"));
-    });
-    ensure!(unwound.is_err() && !list()?.contains(&own));
+    }));
+    ensure!(unwound.is_err() && !path.exists());
     Ok(())
 }
