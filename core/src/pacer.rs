@@ -8,7 +8,7 @@ use std::time::Duration;
 
 /// How much may leave at once after an idle spell, as time at the cap. With [`Pacer::quantum_bytes`] it keeps the
 /// stream smooth below 10 ms, and lets a thread that woke late by this much lose nothing.
-const BURST: Duration = Duration::from_millis(3);
+const BURST: Duration = Duration::from_millis(2);
 /// What is handed to the socket in one call, as time at the cap.
 const QUANTUM: Duration = Duration::from_millis(1);
 /// One page with its header fits in the smallest quantum.
@@ -124,7 +124,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_window_keeps_to_the_cap(rate in 20_000u64..10_000_000_000, late_us in 0u64..3000, idle_ms in 0u64..500) {
+        fn any_window_keeps_to_the_cap(rate in 20_000u64..10_000_000_000, late_us in 0u64..1500, idle_ms in 0u64..500) {
             let mut pacer = Pacer::new(Some(rate));
             pacer.charge(Duration::ZERO, 1);
             let start = Duration::from_millis(idle_ms);

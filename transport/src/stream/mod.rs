@@ -24,7 +24,7 @@ use crate::limits::{DEAD_PEER_LIMIT, KEEP_ALIVE_INTERVAL};
 /// Bytes that a TCP socket may hold and has not sent yet, apart from those in flight (`TCP_NOTSENT_LOWAT`). What is
 /// queued in front of the last pages lengthens the guest's pause, so this is short; writes still come in pieces that
 /// keep the link busy.
-const TCP_UNSENT_BYTES: u32 = 256 << 10;
+const TCP_UNSENT_BYTES: u32 = 128 << 10;
 
 /// The send buffer asked for on a unix socket, whose default (208 KiB) costs a context switch for every few pages.
 const UNIX_SEND_BUFFER_BYTES: usize = 1 << 20;
