@@ -9,6 +9,8 @@ use godwit_core::source::{Compression, OnStall, SourceMigration, SourceOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::console::host_name;
+
 /// The longest time that any knob takes.
 const MAX_MS: u64 = 30 * 24 * 3600 * 1000;
 
@@ -28,7 +30,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        let options = SourceOptions::default();
+        let options = SourceOptions { host_name: host_name(), ..SourceOptions::default() };
         Settings { multifd: options.channels > 1, options, insecure: false }
     }
 }
