@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use godwit_core::source::{Compression, OnStall, SourceMigration, SourceOptions};
+use godwit_core::source::{Compression, MAX_CHANNELS, OnStall, SourceMigration, SourceOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -13,9 +13,6 @@ use crate::console::host_name;
 
 /// The longest time that any knob takes.
 const MAX_MS: u64 = 30 * 24 * 3600 * 1000;
-
-/// The most data channels.
-pub const MAX_CHANNELS: u16 = 64;
 
 /// What a machine's moves are done with unless a move says otherwise.
 #[derive(Debug, Clone)]
