@@ -16,8 +16,11 @@ pub(crate) fn run(names: &[String]) -> Result<ExitCode> {
     // End-to-end tests start the binaries, which nextest alone would not build.
     shell::check(shell::cargo().args(["build", "--workspace", "--bins", "--tests"]))?;
 
-    let list =
-        shell::output(shell::cargo().args(["nextest", "list", "--workspace", "--message-format", "json"]).args(names))?;
+    let list = shell::output(
+        shell::cargo()
+            .args(["nextest", "list", "--workspace", "--run-ignored", "all", "--message-format", "json"])
+            .args(names),
+    )?;
     let mut skipped = totals::ignored_tests(&list)?;
     let (code_tests, documented) = (run_nextest(names)?, run_doc_tests(names)?);
     skipped.extend(documented.1);
