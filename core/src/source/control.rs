@@ -12,11 +12,15 @@
 //! Whatever goes wrong before *commit* takes one way out: [`SourceControl::end`], after which the guest is as it was.
 //! After *commit* there is none: without *running* the guest stays paused here and a person decides.
 
+mod ending;
+mod measured;
 mod vocabulary;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use self::ending::Ending;
+use self::measured::{Clock, FixedCost};
 pub use self::vocabulary::{Action, Done, Input, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
 use crate::machine::{MachineDescription, Refusal};
@@ -25,7 +29,7 @@ use crate::message::{
 };
 use crate::phase::Phase;
 use crate::policy::{Decision, Limits, RoundEnd};
-use crate::progress::{PageCounts, Report, RoundReport, Step};
+use crate::progress::{Report, RoundReport, Step};
 
 /// How long the destination may take to answer *hello* and each clock request.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -49,16 +53,6 @@ const TELLING_ROUND_BYTES: u64 = 256 << 10;
 const UNMEASURED_BYTES_PER_S: f64 = 125e6;
 /// The longest wait for the destination to catch up between two rounds.
 const QUEUE_LIMIT: Duration = Duration::from_millis(100);
-/// Messages in sequence between the end of the final pages and *running*: table, ready, commit, running.
-const HANDOVER_TRIPS: u32 = 2;
-
-/// How the move ends, once the guest is as it was.
-enum Ending {
-    Failed(String),
-    Refused(Vec<Refusal>),
-    Cancelled,
-    WouldMove,
-}
 
 /// The source's control plane.
 pub struct SourceControl {
@@ -93,30 +87,6 @@ pub struct SourceControl {
     downtime: Option<Duration>,
     sent_at: Duration,
     report: Report,
-}
-
-#[derive(Default)]
-struct Clock {
-    asked: u32,
-    asked_at: Duration,
-    asked_realtime_ns: i64,
-    best_round_trip: Option<Duration>,
-    offset_ns: i64,
-}
-
-/// The parts of F, each measured.
-#[derive(Default)]
-struct FixedCost {
-    pause: Duration,
-    load: Duration,
-    round_trip: Duration,
-    harvest: Duration,
-}
-
-impl FixedCost {
-    fn total(&self) -> Duration {
-        self.pause + self.load + self.harvest + self.round_trip * HANDOVER_TRIPS
-    }
 }
 
 /// What the driver knows when a move begins.
@@ -209,6 +179,11 @@ impl SourceControl {
             Phase::Connect | Phase::PreSwitchover | Phase::Completed => return None,
         };
         Some(self.phase_since + limit)
+    }
+
+    /// The compression asked for.
+    pub fn compression(&self) -> Compression {
+        self.options.compression
     }
 
     /// Where the move stands.
@@ -550,70 +525,6 @@ impl SourceControl {
         self.act(Action::StopGuest);
     }
 
-    fn moved(&mut self) {
-        self.report.total_ms = self.now.as_secs_f64() * 1e3;
-        self.downtime = self.paused_at.map(|at| self.now - at);
-        self.report.downtime_ms = self.downtime.map(|downtime| downtime.as_secs_f64() * 1e3);
-        self.enter(Phase::Completed);
-        match self.options.audit {
-            true => self.act(Action::Audit),
-            false => self.finish(SourceOutcome::Moved),
-        }
-    }
-
-    fn unknown(&mut self, why: String) {
-        self.act(Action::HangUp);
-        self.report.total_ms = self.now.as_secs_f64() * 1e3;
-        self.finish(|report| SourceOutcome::Unknown(why, report));
-    }
-
-    /// Something went wrong: before *commit* the move ends, after it nobody here knows who runs the guest.
-    fn fail(&mut self, why: String) {
-        match self.phase {
-            Phase::Commit => self.unknown(why),
-            Phase::Completed => {}
-            _ => self.end(Ending::Failed(why)),
-        }
-    }
-
-    /// The one way out before *commit*: the peer is told, and the guest made as it was (invariant 2).
-    fn end(&mut self, ending: Ending) {
-        let reason = match &ending {
-            Ending::Failed(why) => why.clone(),
-            Ending::Refused(_) => "refused by preflight".into(),
-            Ending::Cancelled => "cancelled at the source".into(),
-            Ending::WouldMove => "dry run: nothing was to be moved".into(),
-        };
-        if self.link_up {
-            self.act(Action::Send(Message::Abort(reason)));
-        }
-        self.act(Action::HangUp);
-        self.act(Action::Restore { resume: self.running && self.phase.guest_paused() });
-        self.ending = Some(ending);
-    }
-
-    fn restored(&mut self, result: Result<(), String>) {
-        let Some(ending) = self.ending.take() else { return };
-        self.report.total_ms = self.now.as_secs_f64() * 1e3;
-        if let Some(at) = self.paused_at {
-            self.report.downtime_ms = Some((self.now - at).as_secs_f64() * 1e3);
-        }
-        let trouble = result.err().map(|error| format!("; and the guest could not be made as it was: {error}"));
-        self.finish(|report| match (ending, trouble) {
-            (Ending::Failed(why), trouble) => SourceOutcome::Failed(why + &trouble.unwrap_or_default(), report),
-            (Ending::Refused(refusals), None) => SourceOutcome::Refused(refusals),
-            (Ending::Cancelled, None) => SourceOutcome::Cancelled(report),
-            (Ending::WouldMove, None) => SourceOutcome::WouldMove(report),
-            (_, Some(trouble)) => SourceOutcome::Failed(format!("the move ended{trouble}"), report),
-        });
-    }
-
-    fn finish(&mut self, outcome: impl FnOnce(Report) -> SourceOutcome) {
-        self.finished = true;
-        let outcome = outcome(std::mem::take(&mut self.report));
-        self.act(Action::Finish(Box::new(outcome)));
-    }
-
     fn enter(&mut self, phase: Phase) {
         self.phase = phase;
         self.phase_since = self.now;
@@ -643,28 +554,6 @@ impl SourceControl {
         for TimedStep { name, duration } in steps.into_iter().take(64) {
             self.push_step("destination", name, duration);
         }
-    }
-}
-
-impl SourceControl {
-    /// Adds what only the driver counts to the report of an outcome.
-    pub fn complete(outcome: &mut SourceOutcome, wire_bytes: u64, pages: PageCounts) {
-        match outcome {
-            SourceOutcome::Moved(report)
-            | SourceOutcome::WouldMove(report)
-            | SourceOutcome::Failed(_, report)
-            | SourceOutcome::Cancelled(report)
-            | SourceOutcome::Unknown(_, report) => {
-                report.wire_bytes = wire_bytes;
-                report.pages = pages;
-            }
-            SourceOutcome::Refused(_) => {}
-        }
-    }
-
-    /// The compression asked for.
-    pub fn compression(&self) -> Compression {
-        self.options.compression
     }
 }
 
