@@ -19,7 +19,8 @@ use godwit_core::{
     Section, SourceMachine,
 };
 use godwit_transport::{Options, Uri};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 
 /// The memory of a toy machine. A real VMM takes it from its own configuration.
 pub const MEMORY_BYTES: usize = 64 << 20;
@@ -59,6 +60,11 @@ impl ToyMachine {
         Ok(Self { inner: Arc::new(inner), guest: Mutex::new(None) })
     }
 
+    /// Writes memory as the guest does, behind the dirty log's back: whoever calls it keeps the log.
+    pub fn guest_write(&self, value: u64, address: u64) -> Result<(), MachineError> {
+        self.inner.guest_write(value, address).map_err(memory_error)
+    }
+
     /// How many writes the guest has made.
     pub fn writes(&self) -> u64 {
         self.inner.writes.load(Ordering::Relaxed)
@@ -88,12 +94,23 @@ fn slot_order(slot: u64) -> u64 {
 }
 
 impl Inner {
+    /// A write by the guest. vm-memory takes it for one by the VMM and marks it in its own bitmap, which a real guest's
+    /// writes never do: so the mark is taken back, and only the dirty log knows of it.
+    fn guest_write(&self, value: u64, address: u64) -> Result<(), vm_memory::GuestMemoryError> {
+        self.memory.write_obj(value, GuestAddress(address))?;
+        for region in self.memory.iter() {
+            let mapping: &MmapRegion<AtomicBitmap> = region;
+            mapping.bitmap().reset_addr_range(address as usize, size_of_val(&value));
+        }
+        Ok(())
+    }
+
     fn step(&self) -> Result<(), vm_memory::GuestMemoryError> {
         let (pages, slots) = (WORKING_SET_BYTES / 4096, WORKING_SET_BYTES / 8);
         let order = self.writes.load(Ordering::Relaxed) % slots;
         let (page, address) = (order % pages, (order % pages) * 4096 + (order / pages) * 8);
         let value: u64 = self.memory.read_obj(GuestAddress(address))?;
-        self.memory.write_obj(value + 1, GuestAddress(address))?;
+        self.guest_write(value + 1, address)?;
         // As hardware has it: the write first, the dirty bit after it, and both before anybody sees the guest stopped.
         self.dirty[page as usize / 64].fetch_or(1 << (page % 64), Ordering::AcqRel);
         self.writes.fetch_add(1, Ordering::Relaxed);

@@ -18,7 +18,8 @@ use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive, 
 use godwit_core::progress::{Event, Observer, Silent};
 use godwit_core::source::{CancelError, Compression, OnStall, SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{
-    DestinationHost, DestinationMachine, MachineDescription, MachineError, Phase, Refusal, SourceMachine,
+    DestinationHost, DestinationMachine, DirtyLog, GuestMemory, MachineDescription, MachineError, Phase, Refusal,
+    Section, SourceMachine,
 };
 use godwit_transport::{Options, Uri};
 use toy_vmm::{ToyHost, ToyMachine};
@@ -136,6 +137,66 @@ fn moves_whole_with_any_channels_and_compression() {
         let options = SourceOptions { channels, compression, max_bandwidth_bytes_per_s: cap, ..options() };
         assert_moves(&running_machine(), options);
     }
+}
+
+/// A guest that writes a page at the worst moment: just before the dirty log is cleared of that very page.
+struct WritesBeforeClear(Arc<ToyMachine>);
+
+impl SourceMachine for WritesBeforeClear {
+    fn describe(&self) -> Result<MachineDescription, MachineError> {
+        self.0.describe()
+    }
+    fn memory(&self) -> GuestMemory {
+        SourceMachine::memory(&*self.0)
+    }
+    fn dirty_log(&self) -> &dyn DirtyLog {
+        self
+    }
+    fn is_running(&self) -> bool {
+        self.0.is_running()
+    }
+    fn pause(&self, limit: Duration) -> Result<(), MachineError> {
+        self.0.pause(limit)
+    }
+    fn save(&self) -> Result<Vec<Section>, MachineError> {
+        self.0.save()
+    }
+    fn resume(&self) -> Result<(), MachineError> {
+        self.0.resume()
+    }
+    fn throttle(&self, share: f64) {
+        self.0.throttle(share);
+    }
+}
+
+impl DirtyLog for WritesBeforeClear {
+    fn start(&self) -> Result<(), MachineError> {
+        self.0.dirty_log().start()
+    }
+    fn stop(&self) -> Result<(), MachineError> {
+        self.0.dirty_log().stop()
+    }
+    fn harvest(&self, region: usize, words: &mut [u64]) -> Result<(), MachineError> {
+        self.0.dirty_log().harvest(region, words)
+    }
+    fn clear(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), MachineError> {
+        if words[0] & 1 == 1 {
+            // Past what the toy's own guest writes, in the page's last word.
+            self.0.guest_write(self.0.writes() + 1, first_page * 4096 + 4088).unwrap();
+        }
+        self.0.dirty_log().clear(region, first_page, words)
+    }
+}
+
+#[test]
+fn invariant_3_a_write_just_before_the_log_is_cleared_is_not_lost() {
+    // Pages that were never touched before are written so too: they must not be left out as untouched.
+    let machine = running_machine();
+    let destination = Destination::start(DestinationOptions::default());
+    let writing = Arc::new(WritesBeforeClear(machine));
+    let outcome = SourceMigration::start(writing, destination.dial(), options(), Arc::new(Silent)).wait();
+    let SourceOutcome::Moved(report) = &*outcome else { panic!("{outcome:?}") };
+    assert_eq!(report.audit.as_deref(), Some("ok: 16384 pages"));
 }
 
 #[test]
