@@ -159,6 +159,14 @@ impl Machine {
         self.inner.subscribers.subscribe()
     }
 
+    /// Presses its reset button: it boots again in place, and runs or stays paused as it did. [`Machine::events`] tells.
+    ///
+    /// # Errors
+    /// If it has ended, or cannot boot again, which is its end.
+    pub fn reset(&self) -> Result<(), VmmError> {
+        self.inner.reset()
+    }
+
     /// Stops it for good and waits until its threads have ended. Stopping a stopped machine does nothing.
     pub fn stop(&self) {
         self.inner.stop();

@@ -48,6 +48,24 @@ impl Inner {
         Ok(())
     }
 
+    /// Presses the reset button: the machine boots again, and runs or stays paused as it was.
+    pub(super) fn reset(&self) -> Result<(), VmmError> {
+        let _whole = lock(&self.whole);
+        lock(&self.life).check_alive()?;
+        let running = lock(&self.life).status() == MachineStatus::Running;
+        if running {
+            self.halt_vcpus(OWN_PAUSE_LIMIT)?;
+        }
+        // If the guest has asked for the same just now, it gets it.
+        lock(&self.life).take_reset();
+        self.reboot();
+        lock(&self.life).check_alive()?;
+        if running {
+            self.run_vcpus();
+        }
+        Ok(())
+    }
+
     /// Stops the machine for good.
     pub(super) fn stop(&self) {
         {

@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::what_is_no_kernel_is_refused", what_is_no_kernel_is_refused),
     ("boot::output_reaches_the_serial_port", output_reaches_the_serial_port),
     ("boot::the_keyboard_controller_resets_in_place", the_keyboard_controller_resets_in_place),
+    ("boot::the_reset_button_boots_again_running_or_paused", the_reset_button_boots_again_running_or_paused),
     ("boot::a_triple_fault_ends_the_machine_with_registers", a_triple_fault_ends_the_machine_with_registers),
     ("boot::a_bzimage_runs_at_its_64_bit_entry", a_bzimage_runs_at_its_64_bit_entry),
     ("boot::a_bzimage_that_does_not_fit_is_refused", a_bzimage_that_does_not_fit_is_refused),
@@ -152,6 +153,24 @@ fn the_keyboard_controller_resets_in_place() {
     let Some(MachineEvent::Fault { text }) = end else { panic!("{end:?}") };
     assert!(text.contains("asked for a reboot"), "{text}");
     assert_eq!(doomed.status(), MachineStatus::Faulted);
+}
+
+fn the_reset_button_boots_again_running_or_paused() {
+    let kernel = file(&elf(COUNT));
+    let machine = run(&config(&kernel));
+    let events = machine.events();
+    wait_until("the guest counts", || counter(&machine) > 0);
+    machine.reset().unwrap();
+    assert_eq!(next(&events), MachineEvent::Reset);
+    wait_until("it counts again", || counter(&machine) > 0);
+    machine.pause(guests::PATIENCE).unwrap();
+    machine.reset().unwrap();
+    assert_eq!(next(&events), MachineEvent::Reset);
+    assert_eq!((machine.status(), counter(&machine)), (MachineStatus::Paused, 0), "paused at the very start");
+    machine.resume().unwrap();
+    wait_until("it counts once more", || counter(&machine) > 0);
+    machine.stop();
+    assert!(machine.reset().is_err());
 }
 
 fn a_triple_fault_ends_the_machine_with_registers() {
