@@ -54,6 +54,7 @@ impl Cli {
             boot_file_dirs: self.boot_dirs.clone(),
             mask_cpu_features: self.test_without_cpu.clone(),
             pretend_tsc_khz: self.test_tsc_khz,
+            ..Default::default()
         }
     }
 }

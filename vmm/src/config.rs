@@ -57,6 +57,9 @@ pub struct MachineConfig {
     /// What the built-in guest `writer` is to do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub writer: Option<WriterConfig>,
+    /// Whether disks go through the host's page cache instead of around it (O_DIRECT). Another host's cache may then be stale.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unsafe_cache: bool,
     /// Disks.
     #[serde(rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
@@ -80,6 +83,7 @@ impl Default for MachineConfig {
             dirty_tracking: DirtyTracking::default(),
             guest: None,
             writer: None,
+            unsafe_cache: false,
             disks: Vec::new(),
             nets: Vec::new(),
         }

@@ -7,6 +7,7 @@ mod bus;
 mod console;
 mod i8042;
 pub(crate) mod serial;
+pub(crate) mod virtio;
 
 use std::sync::Arc;
 

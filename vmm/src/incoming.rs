@@ -2,6 +2,7 @@
 
 mod facts;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use godwit_core::{
@@ -18,6 +19,18 @@ use crate::state;
 /// What this host lets an incoming machine use. Nothing else that the peer names is touched.
 #[derive(Debug, Clone, Default)]
 pub struct HostOptions {
+    /// Folders in which disks may be opened.
+    pub disk_dirs: Vec<PathBuf>,
+    /// Where the disk with this id lies here, if not at the same path. The path may be opened.
+    pub map_disks: BTreeMap<String, PathBuf>,
+    /// Taps that may be opened.
+    pub allow_taps: Vec<String>,
+    /// Which tap stands for the interface with this id here, if not the one of the same name. It may be opened.
+    pub map_nets: BTreeMap<String, String>,
+    /// Let disks go through this host's page cache, which may be stale.
+    pub unsafe_cache: bool,
+    /// Do not announce the machine on its networks when it runs here.
+    pub no_announce: bool,
     /// What the machine's serial port is connected to here.
     pub serial: SerialTarget,
     /// Folders from which a kernel and initial RAM disk may be read again when the guest reboots.
