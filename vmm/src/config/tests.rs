@@ -38,6 +38,7 @@ fn every_key_is_read() {
         dirty_tracking: DirtyTracking::Bitmap,
         guest: None,
         writer: None,
+        unsafe_cache: false,
         disks: Vec::new(),
         nets: Vec::new(),
     };

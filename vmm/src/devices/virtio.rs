@@ -10,6 +10,8 @@
 //! A device takes buffers from its queues only while it is open. That is how nothing is written to a disk, taken from a
 //! network or put into guest memory while the machine is paused, and before a machine that comes in is owned.
 
+pub(crate) mod block;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
