@@ -113,6 +113,12 @@ impl Block {
         }
     }
 
+    /// How many requests of the first queue have been taken out and put back.
+    #[cfg(test)]
+    fn queue_positions(&self) -> Option<(u16, u16)> {
+        self.queues().first().map(|state| (state.next_avail, state.next_used))
+    }
+
     fn geometry(&self) -> Geometry {
         Geometry {
             size_bytes: self.image.size_bytes(),

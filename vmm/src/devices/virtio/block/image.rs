@@ -50,6 +50,9 @@ pub(super) struct Image {
     unsynced: AtomicBool,
     /// A sync that no guest asked for has failed: the next one that a guest asks for has to tell.
     sync_failed: AtomicBool,
+    /// Storage that does not answer for as long as a test holds this.
+    #[cfg(test)]
+    pub(super) stall: std::sync::Mutex<()>,
 }
 
 impl Image {
@@ -77,6 +80,8 @@ impl Image {
             read_only: disk.readonly,
             unsynced: AtomicBool::new(!disk.readonly),
             sync_failed: AtomicBool::new(false),
+            #[cfg(test)]
+            stall: std::sync::Mutex::default(),
         })
     }
 
@@ -91,6 +96,11 @@ impl Image {
 
     pub(super) fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    #[cfg(test)]
+    pub(super) fn unsynced(&self) -> bool {
+        self.unsynced.load(Ordering::Acquire)
     }
 
     /// Reads into guest memory and marks it.
@@ -127,7 +137,6 @@ impl Image {
                 result => return result,
             }
         }
-        self.unsynced.store(true, Ordering::Release);
         let zeros = AlignedBuffer::new(BOUNCE_BYTES.min(usize::try_from(length).unwrap_or(BOUNCE_BYTES)));
         let mut done = 0;
         while done < length {
@@ -156,6 +165,8 @@ impl Image {
     }
 
     fn sync_all(&self) -> io::Result<()> {
+        #[cfg(test)]
+        drop(crate::sync::lock(&self.stall));
         // Before the call: what is written during it may not be covered.
         self.unsynced.store(false, Ordering::Release);
         self.file.sync_data().inspect_err(|_| self.unsynced.store(true, Ordering::Release))
@@ -168,6 +179,8 @@ impl Image {
     }
 
     fn copy<B: BitmapSlice>(&self, direction: Direction, pieces: &[VolatileSlice<B>], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        drop(crate::sync::lock(&self.stall));
         if !self.alignment.admits(pieces) {
             return self.bounce(direction, pieces, offset);
         }

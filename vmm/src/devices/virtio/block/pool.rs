@@ -79,6 +79,17 @@ struct Job {
     request: Parsed,
 }
 
+/// Why nothing more can be taken out of a queue.
+#[derive(Debug, thiserror::Error)]
+enum TakeError {
+    #[error("{0}")]
+    Ring(#[from] virtio_queue::Error),
+    #[error("a request without a place for its answer")]
+    NoAnswer,
+    #[error("what it says is available cannot be read")]
+    Unreadable,
+}
+
 impl Pool {
     /// Starts the threads; the gate is closed.
     pub(super) fn start(
@@ -231,51 +242,55 @@ impl Shared {
         }
     }
 
-    /// Takes requests out until the queue is empty or the gate closed.
+    /// Takes requests out until the queue is empty or the gate closed. Counts as in flight itself, since it writes to the ring.
     fn take_all(&self, index: usize, in_use: &InUse) -> Result<(), String> {
-        let broken = |error: virtio_queue::Error| error.to_string();
-        while !in_use.broken.load(Ordering::Acquire) && self.begin() {
-            let mut queue = lock(&in_use.queue);
-            let chain = {
-                queue.disable_notification(&self.memory).map_err(broken).and_then(|()| {
-                    let mut available = queue.iter(&self.memory).map_err(broken)?;
-                    match available.next() {
-                        None => Ok(None),
-                        Some(chain) => match Parsed::read(chain, self.geometry) {
-                            Some(request) => Ok(Some(request)),
-                            None => Err("a request without a place for its answer".to_owned()),
-                        },
-                    }
-                })
-            };
-            match chain {
-                Ok(Some(request)) => {
-                    drop(queue);
-                    lock(&self.flow).jobs.push_back(Job { queue: index, request });
-                    self.work.notify_one();
-                }
-                Ok(None) => {
-                    let more = queue.enable_notification(&self.memory).map_err(broken);
-                    drop(queue);
-                    self.done();
-                    if !more? {
-                        return Ok(());
-                    }
-                }
-                Err(why) => {
-                    drop(queue);
-                    self.done();
-                    return Err(why);
-                }
-            }
+        if in_use.broken.load(Ordering::Acquire) || !self.begin() {
+            return Ok(());
         }
-        Ok(())
+        let result = self.take_while_open(index, &in_use.queue).map_err(|error| error.to_string());
+        self.done();
+        result
     }
 
-    /// Counts a request that may be taken out; false if the gate is closed.
+    fn take_while_open(&self, index: usize, queue: &Mutex<Queue>) -> Result<(), TakeError> {
+        let mut promised = false;
+        loop {
+            lock(queue).disable_notification(&self.memory)?;
+            let mut taken = false;
+            while let Some(request) = self.next(&mut lock(queue))? {
+                taken = true;
+                if !self.push(Job { queue: index, request }) {
+                    return Ok(());
+                }
+            }
+            if promised && !taken {
+                return Err(TakeError::Unreadable);
+            }
+            promised = lock(queue).enable_notification(&self.memory)?;
+            if !promised {
+                return Ok(());
+            }
+        }
+    }
+
+    fn next(&self, queue: &mut Queue) -> Result<Option<Parsed>, TakeError> {
+        let chain = queue.iter(&self.memory)?.next();
+        chain.map(|chain| Parsed::read(chain, self.geometry).ok_or(TakeError::NoAnswer)).transpose()
+    }
+
+    /// Counts one more in flight, unless the gate is closed.
     fn begin(&self) -> bool {
         let mut flow = lock(&self.flow);
         flow.in_flight += usize::from(flow.open);
+        flow.open
+    }
+
+    /// Hands a request to the workers; whether the gate is still open.
+    fn push(&self, job: Job) -> bool {
+        let mut flow = lock(&self.flow);
+        flow.in_flight += 1;
+        flow.jobs.push_back(job);
+        self.work.notify_one();
         flow.open
     }
 
@@ -304,7 +319,7 @@ impl Shared {
             if let Some(in_use) = &self.queues[job.queue]
                 && let Err(error) = self.answer(in_use, &job.request, status, data_bytes)
             {
-                self.give_up(in_use, &error);
+                self.give_up(in_use, &error.to_string());
             }
             self.done();
         }
@@ -354,15 +369,11 @@ impl Shared {
         }
     }
 
-    fn answer(&self, in_use: &InUse, request: &Parsed, status: Status, data_bytes: u64) -> Result<(), String> {
-        self.memory.write_obj(status as u8, request.status).map_err(|error| error.to_string())?;
+    fn answer(&self, in_use: &InUse, request: &Parsed, status: Status, data_bytes: u64) -> Result<(), TakeError> {
+        self.memory.write_obj(status as u8, request.status).map_err(virtio_queue::Error::GuestMemory)?;
         let mut queue = lock(&in_use.queue);
-        queue
-            .add_used(&self.memory, request.head, request.used_length(status, data_bytes))
-            .map_err(|error| error.to_string())?;
-        let wanted = queue.needs_notification(&self.memory).map_err(|error| error.to_string())?;
-        drop(queue);
-        if wanted {
+        queue.add_used(&self.memory, request.head, request.used_length(data_bytes))?;
+        if queue.needs_notification(&self.memory)? {
             self.interrupt.used_buffers();
         }
         Ok(())

@@ -113,12 +113,10 @@ impl Parsed {
         Some(Self { head, request, status, writable_bytes })
     }
 
-    /// What the used ring says has been written, from the first writable byte on.
-    pub(super) fn used_length(&self, status: Status, data_bytes: u64) -> u32 {
-        // The status is the last byte: it counts if all before it has been written.
-        let length =
-            if status == Status::Ok && data_bytes == self.writable_bytes { data_bytes + 1 } else { data_bytes };
-        let length = if self.writable_bytes == 0 { 1 } else { length };
+    /// What the used ring says has been written, from the first writable byte on: the status byte is the last of them, and
+    /// counts only if all before it has been written.
+    pub(super) fn used_length(&self, data_bytes: u64) -> u32 {
+        let length = data_bytes + u64::from(data_bytes == self.writable_bytes);
         u32::try_from(length).unwrap_or(u32::MAX)
     }
 }

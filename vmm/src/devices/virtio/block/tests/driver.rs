@@ -1,0 +1,426 @@
+//! A small driver: lays requests out in guest memory, kicks, waits for interrupts.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use godwit_core::GuestMemory;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, MmapRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+use crate::devices::virtio::{ActiveQueue, Interrupt};
+
+const QUEUES: usize = 2;
+const MEMORY_BYTES: usize = 16 << 20;
+/// Each queue's rings lie here, and one after the other.
+const RINGS: u64 = 0x1000;
+const RING_BYTES: u64 = 0x4000;
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+/// Requests lie from here on.
+const HEAP: u64 = 1 << 20;
+const NEXT: u16 = 1;
+const WRITABLE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// A request to be laid out.
+#[derive(Debug, Clone)]
+pub(super) struct Op {
+    pub(super) kind: u32,
+    pub(super) sector: u64,
+    /// What follows the header.
+    pub(super) out: Vec<u8>,
+    /// Room for data from the device.
+    pub(super) data_bytes: usize,
+    /// By how many bytes the data's address is crooked.
+    pub(super) misaligned: usize,
+    /// How long the pieces of the data are; the rest is one piece.
+    pub(super) cuts: Vec<usize>,
+    pub(super) queue: usize,
+    pub(super) indirect: bool,
+    pub(super) header_bytes: usize,
+    /// The data lies there instead.
+    pub(super) data_at: Option<u64>,
+}
+
+impl Default for Op {
+    fn default() -> Self {
+        Self {
+            kind: 0,
+            sector: 0,
+            out: Vec::new(),
+            data_bytes: 0,
+            misaligned: 0,
+            cuts: Vec::new(),
+            queue: 0,
+            indirect: false,
+            header_bytes: 16,
+            data_at: None,
+        }
+    }
+}
+
+impl Op {
+    pub(super) fn read(sector: u64, data_bytes: usize) -> Self {
+        Self { sector, data_bytes, ..Self::default() }
+    }
+
+    pub(super) fn write(sector: u64, data: &[u8]) -> Self {
+        Self { kind: 1, sector, out: data.into(), ..Self::default() }
+    }
+
+    pub(super) fn flush() -> Self {
+        Self { kind: 4, ..Self::default() }
+    }
+}
+
+/// What the device has answered.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) status: u8,
+    pub(super) used_bytes: u32,
+    pub(super) data: Vec<u8>,
+}
+
+/// A request under way.
+pub(super) struct Pending {
+    queue: usize,
+    head: u16,
+    status_at: u64,
+    data_at: u64,
+    data_bytes: usize,
+}
+
+/// Ways to get a chain wrong.
+#[derive(Clone, Copy)]
+pub(super) enum Malformed {
+    NoStatus,
+    LeadsNowhere,
+    WritableFirst,
+}
+
+/// A device with its driver.
+pub(super) struct Rig {
+    folder: Rc<tempfile::TempDir>,
+    pub(super) read_only: bool,
+    pub(super) flush: bool,
+    pub(super) event_idx: bool,
+    pub(super) page_cache: bool,
+    pub(super) block: Arc<Block>,
+    pub(super) interrupt: Arc<Interrupt>,
+    pub(super) memory: GuestMemory,
+    line: EventFd,
+    kicks: Vec<EventFd>,
+    descriptors: [Cell<u16>; QUEUES],
+    available: [Cell<u16>; QUEUES],
+    seen: [Cell<u16>; QUEUES],
+    used: RefCell<BTreeMap<(usize, u16), u32>>,
+    heap: Cell<u64>,
+}
+
+impl Rig {
+    pub(super) fn new(size: usize) -> Self {
+        Self::with(size, |_| {})
+    }
+
+    pub(super) fn with(size: usize, set: impl FnOnce(&mut Self)) -> Self {
+        let folder = Rc::new(tempfile::tempdir().unwrap());
+        fs::write(folder.path().join("disk"), vec![0; size]).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let (interrupt, line) = interrupt();
+        let block = open(&folder, false, false);
+        let mut rig = Self {
+            folder,
+            read_only: false,
+            flush: true,
+            event_idx: false,
+            page_cache: false,
+            block,
+            interrupt,
+            memory,
+            line,
+            kicks: Vec::new(),
+            descriptors: Default::default(),
+            available: Default::default(),
+            seen: Default::default(),
+            used: RefCell::default(),
+            heap: Cell::new(HEAP),
+        };
+        set(&mut rig);
+        rig.block = open(&rig.folder, rig.read_only, rig.page_cache);
+        rig.activate(None);
+        rig.block.resume();
+        rig
+    }
+
+    pub(super) fn path(&self) -> PathBuf {
+        self.folder.path().join("disk")
+    }
+
+    fn activate(&mut self, states: Option<Vec<QueueState>>) {
+        self.kicks = (0..QUEUES).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+        let queue = |index: usize| match &states {
+            Some(states) => Queue::try_from(states[index]).unwrap(),
+            None => {
+                let (mut queue, rings) = (Queue::new(QUEUE_SIZE).unwrap(), rings(index));
+                queue.set_size(QUEUE_SIZE);
+                queue.set_event_idx(self.event_idx);
+                queue.try_set_desc_table_address(GuestAddress(rings)).unwrap();
+                queue.try_set_avail_ring_address(GuestAddress(rings + AVAIL)).unwrap();
+                queue.try_set_used_ring_address(GuestAddress(rings + USED)).unwrap();
+                queue.set_ready(true);
+                queue
+            }
+        };
+        let active = |index| Some(ActiveQueue { queue: queue(index), kick: self.kicks[index].try_clone().unwrap() });
+        let features = self.block.features() & !(u64::from(!self.flush) << VIRTIO_BLK_F_FLUSH);
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features,
+            queues: (0..QUEUES).map(active).collect(),
+            interrupt: Arc::clone(&self.interrupt),
+        };
+        self.block.activate(activation).unwrap();
+    }
+
+    /// As a driver that begins anew.
+    pub(super) fn reset_and_activate(&mut self) {
+        self.block.reset();
+        self.interrupt.reset();
+        for index in 0..QUEUES {
+            self.memory.write_slice(&[0; RING_BYTES as usize], GuestAddress(rings(index))).unwrap();
+        }
+        (self.descriptors, self.available, self.seen) = Default::default();
+        self.activate(None);
+        self.block.resume();
+    }
+
+    /// The same guest on another host: this rig's device is paused.
+    pub(super) fn moved(&self) -> Rig {
+        let (interrupt, line) = interrupt();
+        let mut rig = Rig {
+            folder: Rc::clone(&self.folder),
+            block: open(&self.folder, self.read_only, self.page_cache),
+            interrupt,
+            memory: self.memory.clone(),
+            line,
+            kicks: Vec::new(),
+            descriptors: self.descriptors.clone(),
+            available: self.available.clone(),
+            seen: self.seen.clone(),
+            used: self.used.clone(),
+            heap: self.heap.clone(),
+            ..*self
+        };
+        rig.block.load(&self.block.save().unwrap()).unwrap();
+        rig.activate(Some(self.block.queues()));
+        rig
+    }
+
+    /// Carries a request out, which must succeed.
+    pub(super) fn run(&self, op: Op) -> Answer {
+        let shown = format!("{op:?}");
+        let answer = self.answer(op);
+        assert_eq!(answer.status, 0, "{shown:.200}");
+        answer
+    }
+
+    /// Carries a request out.
+    pub(super) fn answer(&self, op: Op) -> Answer {
+        self.finish(self.submit(op))
+    }
+
+    /// The pages that the request's data will lie in, if it is the next one.
+    pub(super) fn data_pages(&self, op: &Op) -> Vec<u64> {
+        let first = (self.heap.get() + 4096 + op.misaligned as u64) / 4096;
+        (first..=first + (op.data_bytes as u64 - 1) / 4096).collect()
+    }
+
+    pub(super) fn submit(&self, op: Op) -> Pending {
+        let base = self.heap.get();
+        let mut header = Vec::from(op.kind.to_le_bytes());
+        header.extend([0; 4]);
+        header.extend(op.sector.to_le_bytes());
+        let status_at = base + 1024;
+        let data_at = op.data_at.unwrap_or(base + 4096 + op.misaligned as u64);
+        let data_bytes = op.out.len().max(op.data_bytes);
+        let pages = (8192 + op.misaligned + data_bytes) as u64 / 4096 + 1;
+        let next = base + pages * 4096;
+        self.heap.set(if next + (2 << 20) > MEMORY_BYTES as u64 { HEAP } else { next });
+        let write = |at: u64, bytes: &[u8]| self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+        write(base, &header[..op.header_bytes]);
+        write(status_at, &[0xee]);
+        if op.data_at.is_none() {
+            write(data_at, &op.out);
+        }
+        let mut chain = vec![(base, op.header_bytes as u32, 0)];
+        let flags = if op.out.is_empty() { WRITABLE } else { 0 };
+        let (mut at, mut left) = (data_at, data_bytes);
+        for cut in op.cuts.iter().copied().chain([usize::MAX]) {
+            let length = cut.min(left);
+            if length > 0 {
+                chain.push((at, length as u32, flags));
+            }
+            (at, left) = (at + length as u64, left - length);
+        }
+        chain.push((status_at, 1, WRITABLE));
+        let head = match op.indirect {
+            false => self.put(op.queue, &chain),
+            true => {
+                let table = base + 2048;
+                write(table, &descriptors(&chain, 0));
+                self.put(op.queue, &[(table, 16 * chain.len() as u32, INDIRECT)])
+            }
+        };
+        Pending { queue: op.queue, head, status_at, data_at, data_bytes: op.data_bytes }
+    }
+
+    pub(super) fn submit_malformed(&self, how: Malformed) {
+        match how {
+            Malformed::NoStatus => self.put(0, &[(HEAP, 16, 0)]),
+            Malformed::LeadsNowhere => self.put(0, &[(HEAP, 16, 0), (HEAP, 16, WRITABLE), (0, 15, INDIRECT)]),
+            Malformed::WritableFirst => self.put(0, &[(HEAP, 16, WRITABLE), (HEAP, 16, 0), (HEAP, 1, WRITABLE)]),
+        };
+    }
+
+    /// Makes these descriptors available as they are; `low`: where memory is.
+    pub(super) fn submit_raw(&self, raw: &[(u64, u32, u16, u16)], low: bool) {
+        let mut bytes = Vec::new();
+        for (address, length, flags, next) in raw {
+            let (address, next) = if low { (HEAP + address % (8 << 20), next % 20) } else { (*address, *next) };
+            let length = if low { length % (1 << 16) } else { *length };
+            bytes.extend(
+                [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat(),
+            );
+        }
+        self.memory.write_slice(&bytes, GuestAddress(rings(0))).unwrap();
+        self.make_available(0, 0);
+    }
+
+    /// Waits for an answer.
+    pub(super) fn finish(&self, pending: Pending) -> Answer {
+        let key = (pending.queue, pending.head);
+        let until = soon();
+        let used_bytes = loop {
+            self.collect();
+            if let Some(used_bytes) = self.used.borrow_mut().remove(&key) {
+                break used_bytes;
+            }
+            // Only an interrupt makes a driver look.
+            while self.line.read().is_err() {
+                assert!(Instant::now() < until, "no answer");
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        };
+        let mut data = vec![0; pending.data_bytes];
+        let _ = self.memory.read_slice(&mut data, GuestAddress(pending.data_at));
+        Answer { status: self.memory.read_obj(GuestAddress(pending.status_at)).unwrap(), used_bytes, data }
+    }
+
+    pub(super) fn wait_until(&self, condition: impl Fn(&Self) -> bool) {
+        let until = soon();
+        while !condition(self) {
+            assert!(Instant::now() < until, "it does not come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub(super) fn forget_marks(&self) {
+        self.region(|bitmap, _| bitmap.reset());
+    }
+
+    pub(super) fn is_marked(&self, page: u64) -> bool {
+        self.region(|bitmap, _| bitmap.dirty_at(page as usize * 4096))
+    }
+
+    /// How many pages of used rings are marked: the driver never writes those.
+    pub(super) fn device_marks(&self) -> usize {
+        (0..QUEUES).filter(|index| self.is_marked((rings(*index) + USED) / 4096)).count()
+    }
+
+    fn region<T>(&self, look: impl FnOnce(&AtomicBitmap, usize) -> T) -> T {
+        let region = self.memory.iter().next().unwrap();
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        look(mapping.bitmap(), region.len() as usize)
+    }
+
+    fn put(&self, queue: usize, chain: &[(u64, u32, u16)]) -> u16 {
+        let first = &self.descriptors[queue];
+        if usize::from(first.get()) + chain.len() > QUEUE_SIZE.into() {
+            first.set(0);
+        }
+        let head = first.get();
+        let at = rings(queue) + 16 * u64::from(head);
+        self.memory.write_slice(&descriptors(chain, head), GuestAddress(at)).unwrap();
+        first.set(head + chain.len() as u16);
+        self.make_available(queue, head);
+        head
+    }
+
+    fn make_available(&self, queue: usize, head: u16) {
+        let index = self.available[queue].get();
+        let ring = rings(queue) + AVAIL;
+        let slot = ring + 4 + 2 * u64::from(index % QUEUE_SIZE);
+        self.memory.write_obj(head.to_le(), GuestAddress(slot)).unwrap();
+        self.available[queue].set(index.wrapping_add(1));
+        let next = index.wrapping_add(1).to_le();
+        self.memory.store(next, GuestAddress(ring + 2), std::sync::atomic::Ordering::SeqCst).unwrap();
+        self.kicks[queue].write(1).unwrap();
+    }
+
+    fn collect(&self) {
+        for queue in 0..QUEUES {
+            let ring = rings(queue) + USED;
+            let seen = &self.seen[queue];
+            loop {
+                let index: u16 = self.memory.load(GuestAddress(ring + 2), std::sync::atomic::Ordering::SeqCst).unwrap();
+                if index == seen.get() {
+                    // Asks for an interrupt at the next one, and looks again in case it has just come.
+                    let event = GuestAddress(rings(queue) + AVAIL + 4 + 2 * u64::from(QUEUE_SIZE));
+                    self.memory.store(index, event, std::sync::atomic::Ordering::SeqCst).unwrap();
+                    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                    if self.memory.load::<u16>(GuestAddress(ring + 2), std::sync::atomic::Ordering::SeqCst).unwrap()
+                        == index
+                    {
+                        break;
+                    }
+                    continue;
+                }
+                let slot = ring + 4 + 8 * u64::from(seen.get() % QUEUE_SIZE);
+                let [head, length]: [u32; 2] = self.memory.read_obj(GuestAddress(slot)).unwrap();
+                self.used.borrow_mut().insert((queue, head as u16), length);
+                seen.set(seen.get().wrapping_add(1));
+            }
+        }
+    }
+}
+
+fn rings(queue: usize) -> u64 {
+    RINGS + RING_BYTES * queue as u64
+}
+
+fn descriptors(chain: &[(u64, u32, u16)], first: u16) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (index, (address, length, flags)) in (first + 1..).zip(chain) {
+        let last = usize::from(index - first) == chain.len();
+        let flags = if last { *flags } else { flags | NEXT };
+        bytes.extend(
+            [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &index.to_le_bytes()].concat(),
+        );
+    }
+    bytes
+}
+
+fn interrupt() -> (Arc<Interrupt>, EventFd) {
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    (Arc::new(Interrupt::new(line.try_clone().unwrap())), line)
+}
+
+fn open(folder: &tempfile::TempDir, readonly: bool, page_cache: bool) -> Arc<Block> {
+    let config = DiskConfig { id: "root".into(), path: folder.path().join("disk"), readonly };
+    super::open(&config, CacheMode::of(page_cache), QUEUES as u16).unwrap()
+}
