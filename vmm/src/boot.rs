@@ -18,6 +18,8 @@ use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 pub(crate) use registers::Entry;
 
 use crate::config::MachineConfig;
+use crate::devices::acpi;
+use crate::devices::layout::DeviceLayout;
 use crate::error::VmmError;
 use crate::workload;
 
@@ -27,7 +29,17 @@ const BZIMAGE_MAGIC: &[u8] = b"HdrS";
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 /// Loads what the machine is to boot into its memory, and says where the first vCPU begins.
-pub(crate) fn load(config: &MachineConfig, memory: &GuestMemory) -> Result<Entry, VmmError> {
+pub(crate) fn load(config: &MachineConfig, devices: &DeviceLayout, memory: &GuestMemory) -> Result<Entry, VmmError> {
+    let entry = load_kernel(config, memory)?;
+    // Last: an image that lies where the tables belong is not to be found by a guest that looks for them.
+    let tables = acpi::image(layout::ACPI_TABLES as u32, config.vcpus, devices);
+    memory
+        .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
+        .map_err(VmmError::memory("the ACPI tables do not fit into memory"))?;
+    Ok(entry)
+}
+
+fn load_kernel(config: &MachineConfig, memory: &GuestMemory) -> Result<Entry, VmmError> {
     match &config.kernel {
         Some(path) => {
             let mut image = open(path)?;

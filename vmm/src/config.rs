@@ -1,5 +1,6 @@
 //! What a machine is made of, and its file MACHINE.toml (docs/machine.md describes it key by key).
 
+mod devices;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -12,6 +13,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::devices::{DiskConfig, MAX_DEVICES, NetConfig};
 pub use self::size::{ByteSize, ParseByteSizeError};
 use crate::workload::WriterConfig;
 
@@ -119,13 +121,12 @@ impl MachineConfig {
         if self.dirty_tracking == DirtyTracking::Ring {
             return Err(invalid("dirty_tracking", "this version tracks by bitmap only: the ring is not built yet"));
         }
-        if !self.disks.is_empty() {
-            return Err(invalid("disk", NO_VIRTIO));
-        }
-        if !self.nets.is_empty() {
-            return Err(invalid("net", NO_VIRTIO));
-        }
-        Ok(())
+        devices::validate(&self.disks, &self.nets)
+    }
+
+    /// How many virtio devices the machine has: its disks and interfaces, and an entropy source.
+    pub(crate) fn virtio_devices(&self) -> usize {
+        self.disks.len() + self.nets.len() + 1
     }
 
     fn validate_identity(&self) -> Result<(), ConfigError> {
@@ -187,8 +188,6 @@ impl MachineConfig {
 
 /// The longest kernel command line, without its final zero: what Linux takes on x86.
 pub const MAX_CMDLINE_BYTES: usize = 2047;
-
-const NO_VIRTIO: &str = "this version has no virtio devices";
 
 /// What RAM is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -281,31 +280,6 @@ impl TryFrom<String> for SerialTarget {
     fn try_from(text: String) -> Result<Self, Self::Error> {
         text.parse()
     }
-}
-
-/// A disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// Name, unique among the machine's disks.
-    pub id: String,
-    /// Image file or block device.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    pub readonly: bool,
-}
-
-/// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// Name, unique among the machine's interfaces.
-    pub id: String,
-    /// The host's tap device.
-    pub tap: String,
-    /// The guest's hardware address.
-    pub mac: String,
 }
 
 /// Why a machine's definition cannot be used.

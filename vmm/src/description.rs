@@ -6,16 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
 use crate::cpuid::Leaf;
+use crate::devices::layout::DeviceLayout;
 use crate::error::VmmError;
 use crate::memory::layout;
-use crate::state;
+use crate::state::{self, Counts};
 use crate::vcpu::msr::MAX_MSRS;
 use crate::vcpu::state::StateShape;
 
 /// Version of the layout of [`Body`].
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
-/// What a guest has been shown of its CPUs, and what their state is made of. It stays the same as long as the guest runs,
+/// What a guest has been shown of its CPUs and devices, and what their state is made of. It stays the same as long as the guest runs,
 /// on whatever host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -25,6 +26,15 @@ pub(crate) struct Identity {
     pub(crate) shape: StateShape,
     /// Frequency of the guest's TSCs.
     pub(crate) tsc_khz: u32,
+    /// Where its devices are.
+    pub(crate) layout: DeviceLayout,
+}
+
+impl Identity {
+    /// How many parts the machine has.
+    pub(crate) fn counts(&self) -> Counts {
+        Counts { vcpus: self.cpuid.len() as u32, virtio_devices: self.layout.virtio.len() }
+    }
 }
 
 /// The version comes first, so that a body of any version can be told apart.
@@ -34,7 +44,7 @@ struct Envelope {
     body: Vec<u8>,
 }
 
-/// Version 1.
+/// Version 2.
 #[derive(Serialize, Deserialize)]
 struct Body {
     /// The machine's definition, as TOML: it has its own way of telling what is unknown.
@@ -43,6 +53,7 @@ struct Body {
     msrs: Vec<u32>,
     xsave_bytes: u32,
     tsc_khz: u32,
+    layout: DeviceLayout,
 }
 
 /// Describes a machine.
@@ -54,13 +65,14 @@ pub(crate) fn describe(config: &MachineConfig, identity: &Identity) -> Result<Ma
         msrs: identity.shape.msrs.clone(),
         xsave_bytes: u32::try_from(identity.shape.xsave_bytes).unwrap_or(u32::MAX),
         tsc_khz: identity.tsc_khz,
+        layout: identity.layout.clone(),
     };
     let body = codec::encode(&body).map_err(failed)?;
     Ok(MachineDescription {
         name: config.name.clone(),
         vcpus: config.vcpus,
         memory: layout(config.memory.bytes()),
-        sections: state::sections(config.vcpus),
+        sections: state::sections(identity.counts()),
         vmm: codec::encode(&Envelope { version: VERSION, body }).map_err(failed)?,
     })
 }
@@ -99,8 +111,11 @@ impl Described {
         if body.msrs.len() > MAX_MSRS {
             return Err(format!("{} MSRs are more than any CPU has", body.msrs.len()));
         }
+        body.layout
+            .check(config.virtio_devices())
+            .map_err(|reason| format!("the machine's devices cannot be where they are said to be: {reason}"))?;
         let shape = StateShape { msrs: body.msrs, xsave_bytes: body.xsave_bytes as usize };
-        Ok(Self { config, identity: Identity { cpuid: body.cpuid, shape, tsc_khz: body.tsc_khz } })
+        Ok(Self { config, identity: Identity { cpuid: body.cpuid, shape, tsc_khz: body.tsc_khz, layout: body.layout } })
     }
 }
 
@@ -114,7 +129,10 @@ mod tests {
     fn described() -> Described {
         let config = MachineConfig { guest: Some(GuestKind::Writer), vcpus: 2, ..Default::default() };
         let shape = StateShape { msrs: vec![0x174, 0x6e0], xsave_bytes: 4096 };
-        Described { config, identity: Identity { cpuid: vec![Vec::new(); 2], shape, tsc_khz: 2_000_000 } }
+        Described {
+            config,
+            identity: Identity { cpuid: vec![Vec::new(); 2], shape, tsc_khz: 2_000_000, layout: DeviceLayout::new(1) },
+        }
     }
 
     fn description() -> MachineDescription {
@@ -131,7 +149,7 @@ mod tests {
     fn another_version_is_refused_by_number() {
         let mut description = description();
         description.vmm = codec::encode(&Envelope { version: 7, body: vec![1, 2, 3] }).unwrap();
-        assert!(Described::read(&description).unwrap_err().contains("has version 7, this version reads 1"));
+        assert!(Described::read(&description).unwrap_err().contains("has version 7, this version reads 2"));
     }
 
     #[test]

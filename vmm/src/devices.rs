@@ -1,48 +1,86 @@
 //! The devices of a machine, on two buses: ports and memory.
 //!
-//! A device is a [`Device`] on a bus and a pair of saved state and version. This version has what a machine needs to talk and
-//! to reboot: a serial port and the reset line of the keyboard controller.
+//! | module | what |
+//! |---|---|
+//! | `layout` | where they are |
+//! | `bus` | which of them answers at an address |
+//! | `serial`, `console` | a serial port, and what it is connected to |
+//! | `i8042` | as much of a keyboard controller as a reset takes |
+//! | `acpi` | the tables by which a guest finds everything, and power control |
+//! | `virtio` | disks, network interfaces, the entropy source, and their transport |
 
+pub(crate) mod acpi;
 mod bus;
 mod console;
 mod i8042;
+pub(crate) mod layout;
 pub(crate) mod serial;
 pub(crate) mod virtio;
 
 use std::sync::Arc;
+use std::time::Instant;
 
+use godwit_core::GuestMemory;
 use kvm_ioctls::VmFd;
 
-pub(crate) use bus::{Bus, Device, Effect};
-use i8042::KeyboardController;
-use serial::SerialPort;
-
-use crate::config::SerialTarget;
-use crate::error::VmmError;
-
-/// COM1: first port, number of ports, interrupt line.
-const COM1: (u64, u64, u32) = (0x3f8, 8, 4);
-
-/// The keyboard controller's ports: 0x60 to 0x64.
-const KEYBOARD_CONTROLLER: (u64, u64) = (0x60, 5);
+use self::acpi::power::{PowerControl, PowerState};
+pub(crate) use self::bus::{Bus, Device, Effect};
+use self::i8042::KeyboardController;
+use self::layout::{COM1, DeviceLayout, KEYBOARD_CONTROLLER, POWER_PORTS, WINDOW_BYTES};
+use self::serial::{SerialPort, SerialState, eventfd};
+use self::virtio::VirtioDevice;
+use self::virtio::block::{self, CacheMode};
+use self::virtio::mmio::{MmioTransport, VirtioState};
+use self::virtio::rng::Rng;
+use crate::config::MachineConfig;
+use crate::error::{VmmError, chain};
 
 /// All devices of a machine that live in this process.
 pub(crate) struct Devices {
     ports: Bus,
     mmio: Bus,
     serial: Arc<SerialPort>,
+    power: Arc<PowerControl>,
+    virtio: Vec<Arc<MmioTransport>>,
+}
+
+/// The state of a machine's devices.
+pub(crate) struct DevicesState {
+    pub(crate) serial: SerialState,
+    pub(crate) power: PowerState,
+    /// By place in the layout.
+    pub(crate) virtio: Vec<VirtioState>,
 }
 
 impl Devices {
-    /// Builds the devices of a machine and wires them to its interrupt controllers.
-    pub(crate) fn new(vm: &VmFd, serial: &SerialTarget) -> Result<Self, VmmError> {
+    /// Builds the devices of a machine, puts them where `layout` says, and wires them to its interrupt controllers.
+    pub(crate) fn new(
+        vm: &VmFd,
+        memory: &GuestMemory,
+        layout: &DeviceLayout,
+        config: &MachineConfig,
+    ) -> Result<Self, VmmError> {
+        let (mut ports, mut mmio) = (Bus::default(), Bus::default());
         let (com1, com1_ports, com1_line) = COM1;
+        let serial = Arc::new(SerialPort::new(vm, com1_line, &config.serial)?);
+        ports.add(u64::from(com1), u64::from(com1_ports), serial.clone());
         let (keyboard, keyboard_ports) = KEYBOARD_CONTROLLER;
-        let serial = Arc::new(SerialPort::new(vm, com1_line, serial)?);
-        let mut ports = Bus::default();
-        ports.add(com1, com1_ports, serial.clone());
-        ports.add(keyboard, keyboard_ports, Arc::new(KeyboardController));
-        Ok(Self { ports, mmio: Bus::default(), serial })
+        ports.add(u64::from(keyboard), u64::from(keyboard_ports), Arc::new(KeyboardController));
+        let line = |line| {
+            let event = eventfd()?;
+            vm.register_irqfd(&event, line).map_err(VmmError::kvm(format!("cannot wire interrupt line {line}")))?;
+            Ok::<_, VmmError>(event)
+        };
+        let power = Arc::new(PowerControl::new(line(layout.event_line)?));
+        ports.add(u64::from(layout.power_port), u64::from(POWER_PORTS), power.clone());
+        let mut transports = Vec::with_capacity(layout.virtio.len());
+        for (device, place) in virtio_devices(config)?.into_iter().zip(&layout.virtio) {
+            let transport = Arc::new(MmioTransport::new(device, memory.clone(), line(place.line)?)?);
+            transport.wire_kicks(vm, place.address)?;
+            mmio.add(place.address, WINDOW_BYTES, transport.clone());
+            transports.push(transport);
+        }
+        Ok(Self { ports, mmio, serial, power, virtio: transports })
     }
 
     /// Devices reached by port I/O.
@@ -55,23 +93,88 @@ impl Devices {
         &self.mmio
     }
 
-    /// The first serial port.
-    pub(crate) fn serial(&self) -> &SerialPort {
-        &self.serial
+    /// Presses the power button.
+    pub(crate) fn press_power_button(&self) {
+        self.power.press_button();
     }
 
-    /// Lets devices take input in from outside.
+    /// Opens the devices: they work, and take input in from outside. What was on its way when they were closed, or when their
+    /// state was saved, is looked for.
     pub(crate) fn resume(&self) {
+        for transport in &self.virtio {
+            transport.resume();
+        }
+        self.power.raise_again();
         self.serial.accept_input(true);
     }
 
-    /// Input from outside stays outside: after this, no device changes by itself.
-    pub(crate) fn pause(&self) {
+    /// Closes them: what they are at is completed, input from outside stays outside, and after this no device changes by
+    /// itself or touches guest memory. On an error they are open as before.
+    pub(crate) fn pause(&self, until: Instant) -> Result<(), VmmError> {
+        for (done, transport) in self.virtio.iter().enumerate() {
+            if let Err(error) = transport.pause(until) {
+                self.virtio[..done].iter().for_each(|transport| transport.resume());
+                return Err(error);
+            }
+        }
         self.serial.accept_input(false);
+        Ok(())
+    }
+
+    /// Puts them into the state of power-on. Guest memory is not touched afterwards until a driver asks for it.
+    pub(crate) fn reset(&self) -> Result<(), VmmError> {
+        for transport in &self.virtio {
+            transport.reset();
+        }
+        self.power.load(PowerState::default());
+        self.serial.load(&SerialState::default())
+    }
+
+    /// Their state while they are closed.
+    pub(crate) fn save(&self) -> Result<DevicesState, VmmError> {
+        let save = |(slot, transport): (usize, &Arc<MmioTransport>)| {
+            transport.save().map_err(|error| VmmError::state(virtio_kind(slot), chain(&error)))
+        };
+        Ok(DevicesState {
+            serial: self.serial.save(),
+            power: self.power.save(),
+            virtio: self.virtio.iter().enumerate().map(save).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Takes state in, over whatever was there. They stay closed.
+    pub(crate) fn load(&self, state: &DevicesState) -> Result<(), VmmError> {
+        for (slot, (transport, state)) in self.virtio.iter().zip(&state.virtio).enumerate() {
+            transport.load(state).map_err(|error| VmmError::state(virtio_kind(slot), chain(&error)))?;
+        }
+        self.power.load(state.power);
+        self.serial.load(&state.serial)
     }
 
     /// Ends what devices do in the background.
     pub(crate) fn stop(&self) {
+        for transport in &self.virtio {
+            transport.reset();
+        }
         self.serial.stop();
     }
+}
+
+/// A machine's virtio devices, in the order of their places: disks, network interfaces, the entropy source.
+fn virtio_devices(config: &MachineConfig) -> Result<Vec<Arc<dyn VirtioDevice>>, VmmError> {
+    let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::with_capacity(config.virtio_devices());
+    let queues = u16::try_from(config.vcpus).unwrap_or(u16::MAX);
+    for disk in &config.disks {
+        devices.push(block::open(disk, CacheMode::of(config.unsafe_cache), queues)?);
+    }
+    if let Some(net) = config.nets.first() {
+        return Err(VmmError::Status(format!("network interface {}: this version has none", net.id)));
+    }
+    devices.push(Arc::new(Rng::default()));
+    Ok(devices)
+}
+
+/// The section of the virtio device in this place.
+pub(crate) fn virtio_kind(slot: usize) -> String {
+    format!("virtio/{slot}")
 }

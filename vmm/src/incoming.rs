@@ -59,19 +59,20 @@ impl DestinationHost for KvmHost {
     type Machine = IncomingMachine;
 
     fn check(&mut self, description: &MachineDescription) -> Vec<Refusal> {
-        let mut refusals: Vec<_> = state::unusable(&description.sections, description.vcpus)
-            .into_iter()
-            .map(|reason| Refusal::new("state", reason))
-            .collect();
+        let mut refusals = Vec::new();
         if let Err(reason) = facts::check_serial(&self.options.serial) {
             refusals.push(Refusal::new("serial", reason));
         }
         match Described::read(description) {
             Err(reason) => refusals.push(Refusal::new("machine", reason)),
-            Ok(machine) => match facts::gather(&machine, &self.options) {
-                Err(mut lacking) => refusals.append(&mut lacking),
-                Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
-            },
+            Ok(machine) => {
+                let unusable = state::unusable(&description.sections, machine.identity.counts());
+                refusals.extend(unusable.into_iter().map(|reason| Refusal::new("state", reason)));
+                match facts::gather(&machine, &self.options) {
+                    Err(mut lacking) => refusals.append(&mut lacking),
+                    Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
+                }
+            }
         }
         refusals
     }

@@ -167,6 +167,15 @@ impl Machine {
         self.inner.reset()
     }
 
+    /// Presses its power button: asks the guest to switch itself off. Whether and when it does is its own business;
+    /// [`Machine::events`] tells. A machine that is paused is asked when it goes on, wherever that is.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn powerdown(&self) -> Result<(), VmmError> {
+        self.inner.powerdown()
+    }
+
     /// Stops it for good and waits until its threads have ended. Stopping a stopped machine does nothing.
     pub fn stop(&self) {
         self.inner.stop();

@@ -118,6 +118,7 @@ mod tests {
     use crate::config::{GuestKind, MachineConfig};
     use crate::cpuid::Feature;
     use crate::description::Identity;
+    use crate::devices::layout::DeviceLayout;
     use crate::vcpu::state::StateShape;
 
     fn leaf(function: u32, value: u32) -> Leaf {
@@ -129,12 +130,12 @@ mod tests {
         let cpuid = vec![vec![leaf(0, 0x4141_4141), leaf(1, 0xf7ff_ff00), leaf(7, 0xff00_ff00)]];
         Described {
             config: MachineConfig { guest: Some(GuestKind::Writer), ..Default::default() },
-            identity: Identity { cpuid, shape, tsc_khz: 2_000_000 },
+            identity: Identity { cpuid, shape, tsc_khz: 2_000_000, layout: DeviceLayout::new(1) },
         }
     }
 
     fn host() -> HostFacts {
-        let Identity { cpuid, shape, tsc_khz } = machine().identity;
+        let Identity { cpuid, shape, tsc_khz, .. } = machine().identity;
         HostFacts {
             offered: cpuid[0].clone(),
             msrs: shape.msrs,

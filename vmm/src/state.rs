@@ -10,7 +10,9 @@ use serde::de::DeserializeOwned;
 
 use crate::chips::{self, IrqchipState, PitState};
 use crate::clock::{self, ClockState};
-use crate::devices::serial::{self, SerialState};
+use crate::devices::acpi::power;
+use crate::devices::virtio::mmio;
+use crate::devices::{DevicesState, serial, virtio_kind};
 use crate::error::VmmError;
 use crate::vcpu::state::{self as vcpu_state, StateShape, VcpuState};
 
@@ -18,6 +20,7 @@ const IRQCHIP: &str = "irqchip";
 const PIT: &str = "pit";
 const CLOCK: &str = "clock";
 const SERIAL: &str = "serial";
+const POWER: &str = "ged";
 
 /// All state of a machine but its memory.
 pub(crate) struct MachineState {
@@ -26,24 +29,35 @@ pub(crate) struct MachineState {
     pub(crate) irqchip: IrqchipState,
     pub(crate) pit: PitState,
     pub(crate) clock: ClockState,
-    pub(crate) serial: SerialState,
+    pub(crate) devices: DevicesState,
 }
 
-/// The sections of a machine with so many vCPUs, as this version writes and reads them.
-pub(crate) fn sections(vcpus: u32) -> Vec<SectionVersion> {
+/// How many of what a machine has more than one of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) vcpus: u32,
+    pub(crate) virtio_devices: usize,
+}
+
+/// The sections of a machine with so many parts, as this version writes and reads them.
+pub(crate) fn sections(counts: Counts) -> Vec<SectionVersion> {
     let chips = [
         (IRQCHIP, chips::IRQCHIP_VERSION),
         (PIT, chips::PIT_VERSION),
         (CLOCK, clock::VERSION),
         (SERIAL, serial::VERSION),
+        (POWER, power::VERSION),
     ];
-    let vcpus = (0..vcpus).map(|id| SectionVersion { kind: vcpu_kind(id), version: vcpu_state::VERSION });
-    vcpus.chain(chips.map(|(kind, version)| SectionVersion { kind: kind.into(), version })).collect()
+    let vcpus = (0..counts.vcpus).map(|id| SectionVersion { kind: vcpu_kind(id), version: vcpu_state::VERSION });
+    let chips = chips.map(|(kind, version)| SectionVersion { kind: kind.into(), version });
+    let virtio =
+        (0..counts.virtio_devices).map(|slot| SectionVersion { kind: virtio_kind(slot), version: mmio::VERSION });
+    vcpus.chain(chips).chain(virtio).collect()
 }
 
-/// Every reason why sections of these kinds and versions cannot make up a machine with so many vCPUs.
-pub(crate) fn unusable(offered: &[SectionVersion], vcpus: u32) -> Vec<String> {
-    let known = sections(vcpus);
+/// Every reason why sections of these kinds and versions cannot make up a machine with so many parts.
+pub(crate) fn unusable(offered: &[SectionVersion], counts: Counts) -> Vec<String> {
+    let known = sections(counts);
     let unknown = offered.iter().filter_map(|section| match known.iter().find(|known| known.kind == section.kind) {
         None => Some(format!("this version knows no section {:?}", printable(&section.kind))),
         Some(known) if known.version != section.version => Some(format!(
@@ -65,34 +79,49 @@ pub(crate) fn unusable(offered: &[SectionVersion], vcpus: u32) -> Vec<String> {
 impl MachineState {
     /// As sections.
     pub(crate) fn encode(&self) -> Result<Vec<Section>, VmmError> {
-        let mut sections = Vec::with_capacity(self.vcpus.len() + 4);
+        let mut sections = Vec::with_capacity(self.vcpus.len() + self.devices.virtio.len() + 5);
         for (id, vcpu) in (0..).zip(&self.vcpus) {
             sections.push(section(vcpu_kind(id), vcpu_state::VERSION, vcpu)?);
         }
         sections.push(section(IRQCHIP.into(), chips::IRQCHIP_VERSION, &self.irqchip)?);
         sections.push(section(PIT.into(), chips::PIT_VERSION, &self.pit)?);
         sections.push(section(CLOCK.into(), clock::VERSION, &self.clock)?);
-        sections.push(section(SERIAL.into(), serial::VERSION, &self.serial)?);
+        sections.push(section(SERIAL.into(), serial::VERSION, &self.devices.serial)?);
+        sections.push(section(POWER.into(), power::VERSION, &self.devices.power)?);
+        for (slot, device) in self.devices.virtio.iter().enumerate() {
+            sections.push(section(virtio_kind(slot), mmio::VERSION, device)?);
+        }
         Ok(sections)
     }
 
     /// From sections: all of them, each once, each of a version that is known, each checked as far as KVM does not.
-    pub(crate) fn decode(sections: &[Section], vcpus: u32, shape: &StateShape, tsc_khz: u32) -> Result<Self, VmmError> {
+    pub(crate) fn decode(
+        sections: &[Section],
+        counts: Counts,
+        shape: &StateShape,
+        tsc_khz: u32,
+    ) -> Result<Self, VmmError> {
         let versions: Vec<_> = sections
             .iter()
             .map(|section| SectionVersion { kind: section.kind.clone(), version: section.version })
             .collect();
-        if let Some(reason) = unusable(&versions, vcpus).into_iter().next() {
+        if let Some(reason) = unusable(&versions, counts).into_iter().next() {
             return Err(VmmError::Status(format!("the state cannot be loaded: {reason}")));
         }
         let by_kind: BTreeMap<&str, &[u8]> =
             sections.iter().map(|section| (section.kind.as_str(), section.payload.as_slice())).collect();
         let state = Self {
-            vcpus: (0..vcpus).map(|id| value(&by_kind, &vcpu_kind(id))).collect::<Result<_, _>>()?,
+            vcpus: (0..counts.vcpus).map(|id| value(&by_kind, &vcpu_kind(id))).collect::<Result<_, _>>()?,
             irqchip: value(&by_kind, IRQCHIP)?,
             pit: value(&by_kind, PIT)?,
             clock: value(&by_kind, CLOCK)?,
-            serial: value(&by_kind, SERIAL)?,
+            devices: DevicesState {
+                serial: value(&by_kind, SERIAL)?,
+                power: value(&by_kind, POWER)?,
+                virtio: (0..counts.virtio_devices)
+                    .map(|slot| value(&by_kind, &virtio_kind(slot)))
+                    .collect::<Result<_, _>>()?,
+            },
         };
         for (id, vcpu) in (0..).zip(&state.vcpus) {
             vcpu.check(shape).map_err(|reason| VmmError::state(vcpu_kind(id), reason))?;
@@ -127,18 +156,20 @@ fn value<T: DeserializeOwned>(by_kind: &BTreeMap<&str, &[u8]>, kind: &str) -> Re
 mod tests {
     use super::*;
 
+    const COUNTS: Counts = Counts { vcpus: 2, virtio_devices: 3 };
+
     #[test]
     fn what_is_written_can_be_read() {
-        assert_eq!(unusable(&sections(3), 3), Vec::<String>::new());
+        assert_eq!(unusable(&sections(COUNTS), COUNTS), Vec::<String>::new());
     }
 
     #[test]
     fn every_reason_is_given() {
-        let mut offered = sections(2);
+        let mut offered = sections(COUNTS);
         offered[0].version = 9;
         offered[1].kind = "tpm\u{1b}[2J".into();
         offered.push(offered[2].clone());
-        let reasons = unusable(&offered, 2);
+        let reasons = unusable(&offered, COUNTS);
         assert!(reasons.iter().any(|r| r == "section vcpu/0 has version 9, this version reads 1"), "{reasons:?}");
         assert!(reasons.iter().any(|r| r == "this version knows no section \"tpm[2J\""), "{reasons:?}");
         assert!(reasons.iter().any(|r| r == "section vcpu/1 is missing"), "{reasons:?}");

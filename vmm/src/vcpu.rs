@@ -189,6 +189,7 @@ impl Runner<'_> {
                 self.complete_pending();
                 self.end(Notice::Reset);
             }
+            Some(Stop::PowerOff) => self.end(Notice::Shutdown("the guest powered off".into())),
             Some(Stop::Shutdown(why)) => {
                 let text = self.describe(&why);
                 self.end(Notice::Shutdown(text));
@@ -303,32 +304,34 @@ impl Runner<'_> {
 /// Why a vCPU cannot simply go on.
 enum Stop {
     Reset,
+    PowerOff,
     Shutdown(String),
     InternalError,
     Fault(String),
+}
+
+/// What a write to a device means for the vCPU.
+fn stop_for(effect: Effect) -> Option<Stop> {
+    match effect {
+        Effect::None => None,
+        Effect::Reset => Some(Stop::Reset),
+        Effect::PowerOff => Some(Stop::PowerOff),
+    }
 }
 
 /// Does what an exit asks for.
 fn handle(exit: VcpuExit<'_>, devices: &Devices) -> Option<Stop> {
     match exit {
         VcpuExit::IoIn(port, data) => devices.ports().read(u64::from(port), data),
-        VcpuExit::IoOut(port, data) => {
-            if let Effect::Reset = devices.ports().write(u64::from(port), data) {
-                return Some(Stop::Reset);
-            }
-        }
+        VcpuExit::IoOut(port, data) => return stop_for(devices.ports().write(u64::from(port), data)),
         VcpuExit::MmioRead(address, data) => devices.mmio().read(address, data),
-        VcpuExit::MmioWrite(address, data) => {
-            if let Effect::Reset = devices.mmio().write(address, data) {
-                return Some(Stop::Reset);
-            }
-        }
+        VcpuExit::MmioWrite(address, data) => return stop_for(devices.mmio().write(address, data)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
         VcpuExit::Shutdown => return Some(Stop::Shutdown("the guest shut down (a triple fault)".into())),
         VcpuExit::Hlt => return Some(Stop::Fault("HLT left KVM although its LAPIC is in the kernel".into())),
         VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _) => return Some(Stop::Reset),
         VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
-            return Some(Stop::Shutdown("the guest powered off".into()));
+            return Some(Stop::PowerOff);
         }
         VcpuExit::SystemEvent(kind, _) => {
             return Some(Stop::Shutdown(format!("the guest crashed (system event {kind})")));

@@ -19,6 +19,8 @@ pub(super) const BOOT_PARAMS: u64 = 0x7000;
 pub(super) const PAGE_TABLES: u64 = 0x9000;
 /// The command line.
 pub(super) const CMDLINE: u64 = 0x2_0000;
+/// The ACPI tables, the RSDP first: in the area below 1 MiB that a guest searches if it is not told.
+pub(super) const ACPI_TABLES: u64 = 0xe_0000;
 /// End of the memory below 1 MiB that a guest may use.
 const LOW_USABLE_END: u64 = 0x9_fc00;
 /// Where memory for kernels begins: 1 MiB.

@@ -32,6 +32,7 @@ impl Loader<'_> {
         let mut params = boot_params { hdr: header, ..Default::default() };
         params.hdr.type_of_loader = LOADER_UNDEFINED;
         params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
+        params.acpi_rsdp_addr = layout::ACPI_TABLES;
         if let Some(initrd) = initrd {
             // Below 4 GiB, as everything that `place_initrd` finds.
             params.hdr.ramdisk_image = initrd.address as u32;

@@ -50,6 +50,7 @@ impl Loader<'_> {
             nr_modules: modules.len() as u32,
             modlist_paddr: if modules.is_empty() { 0 } else { layout::PVH_MODULES },
             cmdline_paddr: layout::CMDLINE,
+            rsdp_paddr: layout::ACPI_TABLES,
             memmap_paddr: layout::PVH_MEMORY_MAP,
             memmap_entries: map.len() as u32,
             ..Default::default()

@@ -9,6 +9,8 @@ pub(crate) enum Effect {
     None,
     /// The guest asked for the machine to be reset.
     Reset,
+    /// The guest asked for the machine to be switched off.
+    PowerOff,
 }
 
 /// A device on a bus. Offsets are relative to its first address; accesses have any length that a vCPU can make.

@@ -11,6 +11,9 @@
 //! network or put into guest memory while the machine is paused, and before a machine that comes in is owned.
 
 pub(crate) mod block;
+pub(crate) mod mmio;
+pub(crate) mod rng;
+mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -54,7 +57,8 @@ pub(crate) trait VirtioDevice: Send + Sync {
     /// `until` at the latest, the device is open as before.
     fn pause(&self, until: Instant) -> Result<(), VmmError>;
 
-    /// The queues of a device that is active and closed, as they stand; empty if it is not active.
+    /// The queues of a device that is active and closed, as they stand, by number; what is there for a queue that the driver
+    /// does not use means nothing. Empty if the device is not active.
     fn queues(&self) -> Vec<QueueState>;
 
     /// Ends what the device does and forgets the queues: afterwards it does not touch guest memory.
@@ -91,13 +95,15 @@ pub(crate) struct ActiveQueue {
 pub(crate) struct Interrupt {
     status: AtomicU32,
     broken: AtomicU32,
+    /// How often the configuration has changed.
+    generation: AtomicU32,
     line: EventFd,
 }
 
 impl Interrupt {
     /// An interrupt that signals `line`, which KVM turns into an edge.
     pub(crate) fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), broken: AtomicU32::new(0), line }
+        Self { status: AtomicU32::new(0), broken: AtomicU32::new(0), generation: AtomicU32::new(0), line }
     }
 
     /// Buffers have been used. Call it only if the queue says that the driver wants to know.
@@ -107,6 +113,7 @@ impl Interrupt {
 
     /// The configuration has changed.
     pub(crate) fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG_CHANGED);
     }
 
@@ -119,6 +126,11 @@ impl Interrupt {
     /// Whether the device wants to be reset.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst) != 0
+    }
+
+    /// Differs before and after a change of the configuration, for a driver that reads it in several pieces.
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     /// The status register.
@@ -138,7 +150,8 @@ impl Interrupt {
     }
 
     /// Takes over the status of a machine that comes in. [`Interrupt::raise_again`] makes the driver look.
-    pub(crate) fn load(&self, status: u32, broken: bool) {
+    pub(crate) fn load(&self, status: u32, broken: bool, config_generation: u32) {
+        self.generation.store(config_generation, Ordering::SeqCst);
         self.status.store(status & (USED_BUFFERS | CONFIG_CHANGED), Ordering::SeqCst);
         self.broken.store(u32::from(broken), Ordering::SeqCst);
     }

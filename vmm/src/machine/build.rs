@@ -14,6 +14,7 @@ use crate::config::MachineConfig;
 use crate::cpuid::{self, Leaf};
 use crate::description::Identity;
 use crate::devices::Devices;
+use crate::devices::layout::DeviceLayout;
 use crate::error::VmmError;
 use crate::kvm::{KvmDirtyLog, Vm, install_kick_handler};
 use crate::memory::Ram;
@@ -35,14 +36,18 @@ impl Machine {
         let kvm = Vm::open_kvm()?;
         let vm = Arc::new(Vm::new(&kvm)?);
         vm.set_memory(ram.guest(), false)?;
-        let devices = Arc::new(Devices::new(vm.fd(), &config.serial)?);
+        let layout = match &identity {
+            Some(identity) => identity.layout.clone(),
+            None => DeviceLayout::new(config.virtio_devices()),
+        };
+        let devices = Arc::new(Devices::new(vm.fd(), ram.guest(), &layout, config)?);
         let fds = create_vcpus(&vm, config.vcpus)?;
         let identity = match identity {
             Some(identity) => {
                 show_cpus(&vm, &fds, &identity.cpuid, identity.tsc_khz)?;
                 identity
             }
-            None => own_identity(&kvm, &vm, &fds)?,
+            None => own_identity(&kvm, &vm, &fds, layout)?,
         };
         let power_on = PowerOn::save(vm.fd(), &fds, &identity.shape)?;
 
@@ -101,7 +106,7 @@ fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<VcpuFd>, VmmError> {
 }
 
 /// Shows the vCPUs of a guest that starts here what this host has, and finds out what their state is made of.
-fn own_identity(kvm: &Kvm, vm: &Vm, fds: &[VcpuFd]) -> Result<Identity, VmmError> {
+fn own_identity(kvm: &Kvm, vm: &Vm, fds: &[VcpuFd], layout: DeviceLayout) -> Result<Identity, VmmError> {
     let vcpus = fds.len() as u32;
     let tsc_khz = first(fds).and_then(host_tsc_khz)?;
     let offered = cpuid::offered(kvm, vcpus, tsc_khz)?;
@@ -109,7 +114,7 @@ fn own_identity(kvm: &Kvm, vm: &Vm, fds: &[VcpuFd]) -> Result<Identity, VmmError
     show_cpus(vm, fds, &cpuid, tsc_khz)?;
     // Which MSRs a vCPU has is known only once it has its CPUID.
     let shape = StateShape { msrs: msr::state_list(kvm, first(fds)?)?, xsave_bytes: vm.xsave_bytes() };
-    Ok(Identity { cpuid, shape, tsc_khz })
+    Ok(Identity { cpuid, shape, tsc_khz, layout })
 }
 
 /// Sets what comes before a vCPU's state, once for its life: CPUID and the TSC's frequency.

@@ -5,11 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Inner, MachineEvent, MachineStatus};
-use crate::error::VmmError;
+use crate::error::{VmmError, chain};
 use crate::sync::lock;
 use crate::vcpu::Notice;
 
-/// How long the machine's own thread waits for vCPUs to leave the guest before it says that one is stuck.
+/// How long the machine's own thread waits for vCPUs to leave the guest, and for devices to complete what they are at, before
+/// it says that they are stuck.
 pub(super) const OWN_PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 impl Inner {
@@ -20,8 +21,12 @@ impl Inner {
             return Ok(());
         }
         lock(&self.life).check_alive()?;
+        let until = Instant::now() + limit;
         self.halt_vcpus(limit)?;
-        self.devices.pause();
+        if let Err(error) = self.devices.pause(until) {
+            self.run_vcpus();
+            return Err(error);
+        }
         // The guest may have asked for a reset just now. State of a machine in the middle of it is good for nothing.
         if lock(&self.life).take_reset() {
             self.reboot();
@@ -72,10 +77,10 @@ impl Inner {
             let _whole = lock(&self.whole);
             lock(&self.life).advance(MachineStatus::Stopped);
             self.throttle.set(1.0);
-            self.devices.pause();
             for vcpu in self.vcpus.iter() {
                 vcpu.stop();
             }
+            self.close_devices();
             self.devices.stop();
         }
         // Without the lock: the thread may be waiting for it.
@@ -106,7 +111,7 @@ impl Inner {
             (Notice::Reset, Err(error)) => self.fail(format!("the guest asked for a reboot, and that failed: {error}")),
             // A vCPU that does not leave the guest changes nothing about its end.
             (Notice::Shutdown(why), _) => {
-                self.devices.pause();
+                self.close_devices();
                 self.subscribers.tell(&MachineEvent::Shutdown { why });
             }
             (Notice::Fault(text), _) => self.fail(text),
@@ -115,9 +120,23 @@ impl Inner {
 
     /// The machine cannot go on.
     pub(super) fn fail(&self, text: String) {
-        self.devices.pause();
+        self.close_devices();
         lock(&self.life).advance(MachineStatus::Faulted);
         self.subscribers.tell(&MachineEvent::Fault { text });
+    }
+
+    /// Completes what the devices are at: nothing more will come.
+    fn close_devices(&self) {
+        if let Err(error) = self.devices.pause(Instant::now() + OWN_PAUSE_LIMIT) {
+            tracing::error!("what the guest wrote last may be lost: {}", chain(&error));
+        }
+    }
+
+    /// Presses the power button.
+    pub(super) fn powerdown(&self) -> Result<(), VmmError> {
+        lock(&self.life).check_alive()?;
+        self.devices.press_power_button();
+        Ok(())
     }
 
     /// Makes all vCPUs idle. If one is not within `limit`, all of them run on.

@@ -30,17 +30,19 @@ impl Inner {
             .collect();
         let irqchip = IrqchipState::save(self.vm.fd())?;
         let pit = PitState::save(self.vm.fd())?;
-        let serial = self.devices.serial().save();
+        let devices = self.devices.save();
+        // All vCPUs have answered before an error is returned.
         let (vcpus, tscs): (Vec<_>, Vec<_>) = collect(pending)?.into_iter().unzip();
         let clock = ClockState::save(self.vm.fd(), &tscs, self.identity.tsc_khz)?;
-        MachineState { vcpus, irqchip, pit, clock, serial }.encode()
+        MachineState { vcpus, irqchip, pit, clock, devices: devices? }.encode()
     }
 
     /// Loads state. Everything is checked before the first part of it is used.
     pub(super) fn load(&self, sections: &[Section], context: &LoadContext) -> Result<(), VmmError> {
         let _whole = lock(&self.whole);
         self.check_paused("take in state")?;
-        let state = MachineState::decode(sections, self.config.vcpus, &self.identity.shape, self.identity.tsc_khz)?;
+        let state =
+            MachineState::decode(sections, self.identity.counts(), &self.identity.shape, self.identity.tsc_khz)?;
         let now = self.on_vcpu(0, TscReading::take)??;
         let offsets = state.clock.tsc_offsets(&now, context.clock_offset_ns);
         let shape = Arc::new(self.identity.shape.clone());
@@ -60,7 +62,7 @@ impl Inner {
         state.irqchip.load(self.vm.fd())?;
         state.pit.load(self.vm.fd())?;
         state.clock.load(self.vm.fd(), context.clock_offset_ns)?;
-        self.devices.serial().load(&state.serial)
+        self.devices.load(&state.devices)
     }
 
     fn check_paused(&self, what: &str) -> Result<(), VmmError> {

@@ -12,7 +12,6 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use super::{Inner, MachineEvent};
 use crate::boot;
 use crate::chips::{IrqchipState, PitState};
-use crate::devices::serial::SerialState;
 use crate::error::{VmmError, chain};
 use crate::vcpu::state::{StateShape, VcpuState};
 
@@ -65,7 +64,7 @@ impl Inner {
         for path in [&self.config.kernel, &self.config.initrd].into_iter().flatten() {
             self.boot_files.check(path)?;
         }
-        let entry = boot::load(&self.config, self.ram.guest())?;
+        let entry = boot::load(&self.config, &self.identity.layout, self.ram.guest())?;
         self.on_vcpu(0, move |fd| entry.apply(fd))?
     }
 
@@ -80,6 +79,8 @@ impl Inner {
     }
 
     fn try_reboot(&self) -> Result<(), VmmError> {
+        // First: what they are at must not end up in the memory that the guest boots into.
+        self.devices.reset()?;
         self.ram.clear()?;
         for (id, state) in self.power_on.vcpus.iter().enumerate() {
             let (state, shape) = (state.clone(), self.identity.shape.clone());
@@ -87,7 +88,6 @@ impl Inner {
         }
         self.power_on.irqchip.load(self.vm.fd())?;
         self.power_on.pit.load(self.vm.fd())?;
-        self.devices.serial().load(&SerialState::default())?;
         self.load_boot_image()
     }
 

@@ -114,7 +114,7 @@ fn state_that_is_loaded_is_saved_again_the_same() {
     pause(&source);
     let sections = source.save().unwrap();
     let kinds: Vec<_> = sections.iter().map(|section| section.kind.as_str()).collect();
-    assert_eq!(kinds, ["vcpu/0", "vcpu/1", "irqchip", "pit", "clock", "serial"]);
+    assert_eq!(kinds, ["vcpu/0", "vcpu/1", "irqchip", "pit", "clock", "serial", "ged", "virtio/0"]);
     let described: Vec<_> = source.describe().unwrap().sections;
     let saved: Vec<_> = sections
         .iter()
@@ -234,7 +234,8 @@ fn hostile_sections_are_refused() {
     assert!(refused("trailing bytes", &|sections| sections[2].payload.push(0)).contains("irqchip"));
     assert!(refused("swapped", &|sections| swap(sections, 2, 3)).contains("irqchip"));
     for section in 0..good.len() {
-        for length in [1, 7, good[section].payload.len() / 2, good[section].payload.len() - 1] {
+        let whole = good[section].payload.len();
+        for length in [1, 7, whole / 2, whole - 1].into_iter().filter(|length| *length < whole) {
             let error = refused("cut short", &|sections| sections[section].payload.truncate(length));
             assert!(error.contains(&good[section].kind), "{error}");
         }

@@ -1,0 +1,131 @@
+//! Disks and network interfaces.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, invalid};
+use crate::devices::layout::MAX_VIRTIO_DEVICES;
+
+/// The most disks and network interfaces, taken together: an entropy source needs a place, too.
+pub const MAX_DEVICES: usize = MAX_VIRTIO_DEVICES - 1;
+
+/// The longest id: what the guest is told of a disk.
+const MAX_ID_BYTES: usize = 20;
+
+/// The longest name of a host's interface (IFNAMSIZ, less the final zero).
+const MAX_TAP_BYTES: usize = 15;
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name, unique among the machine's disks.
+    pub id: String,
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    pub readonly: bool,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name, unique among the machine's interfaces.
+    pub id: String,
+    /// The host's tap device.
+    pub tap: String,
+    /// The guest's hardware address.
+    pub mac: String,
+}
+
+impl NetConfig {
+    /// The guest's hardware address as bytes. None if the text is no address, or one that no interface can have.
+    pub fn mac_bytes(&self) -> Option<[u8; 6]> {
+        let mut bytes = [0; 6];
+        let mut pairs = self.mac.split(':');
+        for byte in &mut bytes {
+            let pair = pairs.next().filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()))?;
+            *byte = u8::from_str_radix(pair, 16).ok()?;
+        }
+        // Not a group's address, nor none at all.
+        let usable = pairs.next().is_none() && bytes[0] & 1 == 0 && bytes != [0; 6];
+        usable.then_some(bytes)
+    }
+}
+
+/// Whether a machine can have these.
+pub(super) fn validate(disks: &[DiskConfig], nets: &[NetConfig]) -> Result<(), ConfigError> {
+    if disks.len() + nets.len() > MAX_DEVICES {
+        let count = disks.len() + nets.len();
+        let reason = format!("{count} disks and network interfaces; a machine has at most {MAX_DEVICES} together");
+        return Err(invalid(if nets.is_empty() { "disk" } else { "net" }, reason));
+    }
+    validate_disks(disks)?;
+    validate_nets(nets)
+}
+
+fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
+    validate_ids("disk", disks.iter().map(|disk| disk.id.as_str()))?;
+    for (index, disk) in disks.iter().enumerate() {
+        if disk.path.as_os_str().is_empty() || disk.path.as_os_str().as_encoded_bytes().contains(&0) {
+            return Err(invalid("disk", format!("`{}` needs a path", disk.id)));
+        }
+        let same = disks[..index].iter().find(|other| other.path == disk.path && !(other.readonly && disk.readonly));
+        if let Some(other) = same {
+            let (one, two, path) = (&other.id, &disk.id, disk.path.display());
+            return Err(invalid(
+                "disk",
+                format!("`{one}` and `{two}` are both {path}: one file cannot be written as two disks"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
+    validate_ids("net", nets.iter().map(|net| net.id.as_str()))?;
+    let (mut macs, mut taps) = (BTreeSet::new(), BTreeSet::new());
+    for net in nets {
+        let NetConfig { id, tap, mac } = net;
+        let tap_is_plain = tap.bytes().all(|b| b.is_ascii_graphic() && !b"/:%".contains(&b));
+        if tap.is_empty() || tap.len() > MAX_TAP_BYTES || !tap_is_plain || tap == "." || tap == ".." {
+            return Err(invalid("net", format!("`{id}`: {tap:?} cannot be the name of a tap device")));
+        }
+        if !taps.insert(tap) {
+            return Err(invalid("net", format!("`{id}`: the tap {tap} already belongs to another interface")));
+        }
+        let Some(address) = net.mac_bytes() else {
+            return Err(invalid(
+                "net",
+                format!(
+                    "`{id}`: {mac:?} is not a hardware address: use six pairs of hexadecimal digits like 52:54:00:12:34:56, the first one even"
+                ),
+            ));
+        };
+        if !macs.insert(address) {
+            return Err(invalid(
+                "net",
+                format!("`{id}`: the hardware address {mac} already belongs to another interface"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn validate_ids<'a>(key: &'static str, ids: impl Iterator<Item = &'a str>) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for id in ids {
+        let plain = id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if id.is_empty() || id.len() > MAX_ID_BYTES || !plain {
+            return Err(invalid(key, format!("id {id:?}: use 1 to {MAX_ID_BYTES} letters, digits, `-`, `_` and `.`")));
+        }
+        if !seen.insert(id) {
+            return Err(invalid(key, format!("id `{id}` occurs more than once")));
+        }
+    }
+    Ok(())
+}
