@@ -14,6 +14,7 @@
 //! | [`measure`] | a whole move measured |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`harness`] | tests that say at run time why they cannot run here |
+//! | [`scenario`] | what the lab shows of a machine that moves: its clients, and how they are judged |
 //! | [`clock`], [`priority`] | the time, and threads that wake up on it |
 //! | [`wait`] | waiting for a condition, never longer than a limit |
 
@@ -29,5 +30,6 @@ pub mod priority;
 pub mod process;
 pub mod qemu;
 pub mod sampler;
+pub mod scenario;
 pub mod wait;
 pub mod workload;

@@ -1,0 +1,29 @@
+//! What the lab shows: whoever is connected to a machine stays connected while it moves between two hosts.
+//!
+//! The machine is `fw1`, a firewall: a public client pings it and holds a connection that is forwarded through it to a
+//! private client, and it writes records to its disk. Everything is measured at the clients, from outside.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`place`] | sockets that live in a network namespace |
+//! | [`ping`], [`gap`] | echo requests, and the longest interval between replies |
+//! | [`counting`] | a TCP connection that counts in both directions |
+//! | [`guest`], [`record`], [`records`] | what the program in `fw1` answers; the records that it writes |
+//! | [`announce`] | what announces `fw1` on the public network |
+//! | [`offset`] | clocks compared over the network |
+//! | [`klog`] | warnings in a kernel log, compared with a control's |
+//! | [`image`] | a disk image checked after power-off |
+//! | [`verdict`] | all of this judged |
+
+pub mod announce;
+pub mod counting;
+pub mod gap;
+pub mod guest;
+pub mod image;
+pub mod klog;
+pub mod offset;
+pub mod ping;
+pub mod place;
+pub mod record;
+pub mod records;
+pub mod verdict;
