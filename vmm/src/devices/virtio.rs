@@ -12,6 +12,7 @@
 
 pub(crate) mod block;
 pub(crate) mod mmio;
+pub(crate) mod net;
 pub(crate) mod rng;
 mod worker;
 
