@@ -16,7 +16,7 @@ use godwit_core::progress::Silent;
 use godwit_core::source::{SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{
     DestinationHost, DestinationMachine, DirtyLog, GuestMemory, LoadContext, MachineDescription, MachineError, Refusal,
-    Section, SourceMachine,
+    Section, SourceMachine, Verdict,
 };
 use godwit_transport::{Options, Uri};
 use vm_memory::bitmap::AtomicBitmap;
@@ -209,7 +209,7 @@ pub struct ToyHost;
 impl DestinationHost for ToyHost {
     type Machine = ToyMachine;
 
-    fn check(&mut self, description: &MachineDescription) -> Vec<Refusal> {
+    fn check(&mut self, description: &MachineDescription, _question: &[u8]) -> Verdict {
         let known = |section: &SectionVersion| section.kind == COUNTER && section.version == COUNTER_VERSION;
         let mut refusals = Vec::new();
         if description.memory_bytes() != MEMORY_BYTES as u64 {
@@ -218,7 +218,7 @@ impl DestinationHost for ToyHost {
         for section in description.sections.iter().filter(|section| !known(section)) {
             refusals.push(Refusal::new(&section.kind, format!("version {} is not known here", section.version)));
         }
-        refusals
+        refusals.into()
     }
 
     fn prepare(&mut self, _description: &MachineDescription) -> Result<ToyMachine, MachineError> {

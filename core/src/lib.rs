@@ -43,8 +43,8 @@ mod view;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
 pub use machine::{
-    DestinationHost, DestinationMachine, DirtyLog, LoadContext, MachineDescription, MachineError, Refusal, Section,
-    SourceMachine,
+    DestinationHost, DestinationMachine, DirtyLog, Inquiry, LoadContext, MachineDescription, MachineError, Refusal,
+    Section, SourceMachine, Verdict,
 };
 pub use memory::{GuestMemory, PAGE_SIZE};
 pub use phase::Phase;

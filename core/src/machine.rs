@@ -19,6 +19,12 @@ pub trait SourceMachine: Send + Sync {
     /// The machine's shape and all that a destination must be able to provide.
     fn describe(&self) -> Result<MachineDescription, MachineError>;
 
+    /// What has to be found out together with a destination before the machine moves there, if anything: for example that
+    /// both hosts see the same disks. Called once per move.
+    fn inquire(&self) -> Result<Box<dyn Inquiry>, MachineError> {
+        Ok(Box::new(NoInquiry))
+    }
+
     /// Guest RAM.
     fn memory(&self) -> GuestMemory;
 
@@ -40,6 +46,33 @@ pub trait SourceMachine: Send + Sync {
 
     /// Limits the vCPUs to this share of their time (1.0: no limit).
     fn throttle(&self, share: f64);
+
+    /// Does now what would make [`SourceMachine::pause`] take longer, such as flushing disks. Called every now and then while
+    /// the guest runs and its memory is being sent, from a thread of its own that nothing waits for.
+    fn settle(&self) {}
+}
+
+/// A question to a destination, and the judgement of its answer: the second leg of preflight. Dropped as soon as it has been
+/// judged or the move has ended, whatever way: what was made for the question (files, say) goes with it.
+pub trait Inquiry: Send {
+    /// What [`DestinationHost::check`] is asked, encoded by the VMM.
+    fn question(&self) -> Vec<u8>;
+
+    /// Every reason against the move that the answer shows.
+    fn judge(&self, evidence: &[u8]) -> Vec<Refusal>;
+}
+
+/// For machines that have nothing to ask.
+struct NoInquiry;
+
+impl Inquiry for NoInquiry {
+    fn question(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn judge(&self, _evidence: &[u8]) -> Vec<Refusal> {
+        Vec::new()
+    }
 }
 
 /// The log of pages that a guest has written. Bits are one per page, least significant first, relative to the
@@ -64,8 +97,9 @@ pub trait DestinationHost: Send {
     /// What [`DestinationHost::prepare`] builds.
     type Machine: DestinationMachine;
 
-    /// Every reason why this host cannot take the machine in (empty: it can). Must change nothing.
-    fn check(&mut self, description: &MachineDescription) -> Vec<Refusal>;
+    /// Whether this host can take the machine in, and the answer to what [`SourceMachine::inquire`] asks. Must change nothing,
+    /// but for what the answer needs: that is gone when the host is dropped or has prepared the machine.
+    fn check(&mut self, description: &MachineDescription, question: &[u8]) -> Verdict;
 
     /// Builds the machine, with memory that reads as zeros, and does all that can be done before state arrives.
     fn prepare(&mut self, description: &MachineDescription) -> Result<Self::Machine, MachineError>;
@@ -144,6 +178,23 @@ pub struct Section {
 impl fmt::Debug for Section {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} v{} ({} bytes)", self.kind, self.version, self.payload.len())
+    }
+}
+
+/// What a destination thinks of a machine that wants to move there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// Every reason against it; empty: it can.
+    pub refusals: Vec<Refusal>,
+    /// What the user should know all the same, one sentence each.
+    pub warnings: Vec<String>,
+    /// The answer to the source's question, for [`Inquiry::judge`].
+    pub evidence: Vec<u8>,
+}
+
+impl From<Vec<Refusal>> for Verdict {
+    fn from(refusals: Vec<Refusal>) -> Self {
+        Self { refusals, ..Self::default() }
     }
 }
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::channel::SessionToken;
 use crate::codec::{self, CodecError};
-use crate::machine::{MachineDescription, Refusal, Section};
+use crate::machine::{MachineDescription, Section, Verdict};
 
 /// The protocol's version: another major number cannot be talked to, a smaller minor one sets what is used.
 pub const VERSION: Version = Version { major: 1, minor: 0 };
@@ -56,6 +56,8 @@ pub struct Hello {
 pub struct PreflightRequest {
     /// The machine.
     pub machine: MachineDescription,
+    /// What the source's VMM asks the destination's ([`crate::machine::Inquiry`]).
+    pub question: Vec<u8>,
     /// Data channels to come.
     pub channels: u16,
     /// Nothing will follow.
@@ -192,8 +194,8 @@ messages! {
     22 Commit(Commit) max 64;
     /// Destination: the number and CLOCK_REALTIME in nanoseconds.
     32 ClockReply((u32, i64)) max 64;
-    /// Destination: every reason against it; none: go on.
-    33 Verdict(Vec<Refusal>) max MIB;
+    /// Destination: every reason against it, and the answer to the question; no reason: go on.
+    33 Verdict(Verdict) max MIB;
     /// Destination: built.
     34 Prepared(Prepared) max 64;
     /// Destination: applied up to a mark.

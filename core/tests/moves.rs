@@ -3,6 +3,8 @@
 // Helpers outside of #[test] functions may unwrap too: a test is where that belongs.
 #![allow(clippy::unwrap_used)]
 
+#[path = "moves/preflight.rs"]
+mod preflight;
 #[path = "../examples/toy_vmm.rs"]
 #[allow(dead_code)]
 mod toy_vmm;
@@ -19,7 +21,7 @@ use godwit_core::progress::{Event, Observer, Silent};
 use godwit_core::source::{CancelError, Compression, OnStall, SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{
     DestinationHost, DestinationMachine, DirtyLog, GuestMemory, MachineDescription, MachineError, Phase, Refusal,
-    Section, SourceMachine,
+    Section, SourceMachine, Verdict,
 };
 use godwit_transport::{Options, Uri};
 use toy_vmm::{ToyHost, ToyMachine};
@@ -326,10 +328,10 @@ struct Bad(&'static str);
 impl DestinationHost for Bad {
     type Machine = ToyMachine;
 
-    fn check(&mut self, _: &MachineDescription) -> Vec<Refusal> {
+    fn check(&mut self, _: &MachineDescription, _: &[u8]) -> Verdict {
         match self.0 {
-            "check" => vec![Refusal::new("cpu", "no avx"), Refusal::new("memory", "too large")],
-            _ => Vec::new(),
+            "check" => vec![Refusal::new("cpu", "no avx"), Refusal::new("memory", "too large")].into(),
+            _ => Verdict::default(),
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use godwit_core::{
     DestinationHost, DestinationMachine, GuestMemory, LoadContext, MachineDescription, MachineError, Refusal, Section,
-    SourceMachine,
+    SourceMachine, Verdict,
 };
 
 use crate::config::{MachineConfig, SerialTarget};
@@ -58,7 +58,7 @@ impl KvmHost {
 impl DestinationHost for KvmHost {
     type Machine = IncomingMachine;
 
-    fn check(&mut self, description: &MachineDescription) -> Vec<Refusal> {
+    fn check(&mut self, description: &MachineDescription, _question: &[u8]) -> Verdict {
         let mut refusals = Vec::new();
         if let Err(reason) = facts::check_serial(&self.options.serial) {
             refusals.push(Refusal::new("serial", reason));
@@ -74,7 +74,7 @@ impl DestinationHost for KvmHost {
                 }
             }
         }
-        refusals
+        refusals.into()
     }
 
     fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::DestinationOptions;
 use crate::channel::SessionToken;
-use crate::machine::{LoadContext, MachineDescription, Refusal, Section};
+use crate::machine::{LoadContext, MachineDescription, Section, Verdict};
 use crate::message::{Commit, Hello, Message, PreflightRequest, PrepareRequest, Prepared, TimedStep, VERSION};
 use crate::source::MAX_CHANNELS;
 
@@ -24,7 +24,7 @@ pub enum Input {
     /// The control link broke, or nothing was heard for too long; why.
     LinkLost(String),
     /// The machine was judged.
-    Checked(Vec<Refusal>),
+    Checked(Verdict),
     /// The machine was built and the rehearsed state loaded; how long the load took.
     Built(Result<Duration, String>),
     /// All data channels are open, or not.
@@ -47,8 +47,8 @@ pub enum Input {
 pub enum Action {
     /// Send a message.
     Send(Message),
-    /// Judge the machine.
-    Check(MachineDescription),
+    /// Judge the machine, and answer what the source asks.
+    Check(MachineDescription, Vec<u8>),
     /// Build it and load the rehearsal.
     Build {
         /// As it was agreed on.
@@ -147,9 +147,9 @@ impl DestinationControl {
                 state
             }
             (State::Preflight, Input::Message(Message::Preflight(request))) => self.preflight(request),
-            (State::Checking(request), Input::Checked(refusals)) => {
-                let go_on = refusals.is_empty();
-                self.act(Action::Send(Message::Verdict(refusals)));
+            (State::Checking(request), Input::Checked(verdict)) => {
+                let go_on = verdict.refusals.is_empty();
+                self.act(Action::Send(Message::Verdict(verdict)));
                 match go_on {
                     true => State::AwaitPrepare(request),
                     false => self.give_up("the machine was refused by preflight".into()),
@@ -211,7 +211,7 @@ impl DestinationControl {
             return self
                 .abort(format!("{} data channels were asked for, 1 to {MAX_CHANNELS} are possible", request.channels));
         }
-        self.act(Action::Check(request.machine.clone()));
+        self.act(Action::Check(request.machine.clone(), request.question.clone()));
         State::Checking(Box::new(request))
     }
 

@@ -112,10 +112,13 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     fn execute(&mut self, action: Action) {
         match action {
             Action::Send(message) => self.send(message),
-            Action::Check(machine) => {
+            Action::Check(machine, question) => {
                 self.enter(Phase::Preflight);
-                let refusals = self.host.check(&machine);
-                self.control.handle(Input::Checked(refusals));
+                let verdict = self.host.check(&machine, &question);
+                for warning in &verdict.warnings {
+                    tracing::warn!("{warning}");
+                }
+                self.control.handle(Input::Checked(verdict));
             }
             Action::Build { machine, request } => {
                 self.enter(Phase::Prepare);

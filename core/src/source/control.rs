@@ -299,14 +299,15 @@ impl SourceControl {
             (Phase::Handshake, Message::ClockReply((number, realtime_ns))) if number == self.clock.asked => {
                 self.clock_reply(realtime_ns);
             }
-            (Phase::Preflight, Message::Verdict(refusals)) => match refusals.is_empty() {
-                true if self.options.dry_run => self.end(Ending::WouldMove),
-                true => {
-                    self.enter(Phase::Prepare);
-                    self.act(Action::Rehearse);
+            (Phase::Preflight, Message::Verdict(verdict)) => {
+                for warning in verdict.warnings {
+                    self.act(Action::Say(format!("warning from {}: {warning}", self.peer_host)));
                 }
-                false => self.end(Ending::Refused(refusals)),
-            },
+                match verdict.refusals.is_empty() {
+                    true => self.act(Action::Judge(verdict.evidence)),
+                    false => self.end(Ending::Refused(verdict.refusals)),
+                }
+            }
             (Phase::Prepare, Message::Prepared(prepared)) => {
                 self.cost.load = prepared.load;
                 self.act(Action::OpenData { token: prepared.token, table_seed: self.table_seed });
@@ -376,15 +377,24 @@ impl SourceControl {
                 let (program, host) = (self.program.clone(), self.host.clone());
                 self.act(Action::Send(Message::Hello(Hello { version: VERSION, features: 0, program, host })));
             }
-            (Phase::Preflight, Done::Described(machine)) => {
+            (Phase::Preflight, Done::Described(machine, question)) => {
                 let request = PreflightRequest {
                     machine: machine.clone(),
+                    question,
                     channels: self.options.channels,
                     dry_run: self.options.dry_run,
                 };
                 self.machine = Some(machine);
                 self.act(Action::Send(Message::Preflight(request)));
             }
+            (Phase::Preflight, Done::Judged(refusals)) => match refusals.is_empty() {
+                true if self.options.dry_run => self.end(Ending::WouldMove),
+                true => {
+                    self.enter(Phase::Prepare);
+                    self.act(Action::Rehearse);
+                }
+                false => self.end(Ending::Refused(refusals)),
+            },
             (Phase::Prepare, Done::Rehearsed { sections, pause }) => {
                 self.cost.pause = pause;
                 self.act(Action::Send(Message::Prepare(PrepareRequest {

@@ -4,21 +4,22 @@
 //! thread of its own, one thing after the other, so that a slow machine never makes the coordinator deaf. Each data
 //! channel has a worker.
 
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
 use super::data::{CONNECT_LIMIT, Data, Opening};
 use super::flow::Probe;
+use super::settler::Settler;
 use super::state::Shared as Handle;
 use super::worker::{Order, Report};
 use super::{CancelError, SourceOutcome};
 use crate::audit;
 use crate::channel::{Dial, SessionToken};
 use crate::link::ControlLink;
-use crate::machine::{MachineError, SourceMachine};
+use crate::machine::{Inquiry, MachineError, SourceMachine};
 use crate::message::{Message, TimedStep};
 use crate::pending::forget_vmm_writes;
 use crate::progress::{Event as Told, Observer};
@@ -61,6 +62,9 @@ pub struct Driver {
     events: Receiver<Event>,
     sender: Sender<Event>,
     jobs: Sender<Job>,
+    /// Between its question and the judgement of the answer. Only the machine's thread touches it.
+    inquiry: Arc<Mutex<Option<Box<dyn Inquiry>>>>,
+    settler: Option<Settler>,
     queue_awaited: bool,
     silence_told: bool,
     link_lost: bool,
@@ -103,6 +107,8 @@ impl Driver {
             events,
             sender,
             jobs,
+            inquiry: Arc::default(),
+            settler: None,
             queue_awaited: false,
             silence_told: false,
             link_lost: false,
@@ -208,13 +214,27 @@ impl Driver {
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.connect(),
             Action::Describe => {
-                self.job(|machine| Ok(Done::Described(machine.describe()?)));
+                let inquiry = Arc::clone(&self.inquiry);
+                self.job(move |machine| {
+                    let (description, asked) = (machine.describe()?, machine.inquire()?);
+                    let question = asked.question();
+                    *lock(&inquiry) = Some(asked);
+                    Ok(Done::Described(description, question))
+                });
+            }
+            Action::Judge(evidence) => {
+                let inquiry = Arc::clone(&self.inquiry);
+                self.job(move |_| {
+                    let asked = lock(&inquiry).take();
+                    Ok(Done::Judged(asked.map(|asked| asked.judge(&evidence)).unwrap_or_default()))
+                });
             }
             Action::Rehearse => self.job(rehearse),
             Action::OpenData { token, table_seed } => self.open_data(token, table_seed),
             Action::Probe(bytes) => self.order(Order::Probe(bytes), 1),
             Action::StartLog => self.start_log(),
             Action::Round { first } => {
+                self.settler.get_or_insert_with(|| Settler::start(Arc::clone(&self.machine)));
                 let flow = &self.handle.flow;
                 let capped = flow.bytes_per_s().is_some();
                 self.round = Some(Round { began: Instant::now(), wire_bytes: flow.wire_bytes(), capped });
@@ -394,6 +414,7 @@ impl Driver {
         let Some(mut harvester) = data.harvester.take() else { return };
         let shared = Arc::clone(&data.shared);
         let limit = self.handle.pause_timeout;
+        self.settler = None;
         self.job(move |machine| {
             let mut steps = Vec::new();
             let mut began = Instant::now();
@@ -437,13 +458,15 @@ impl Driver {
         let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
         let logging = self.data.is_some();
         let events = self.sender.clone();
-        let machine = Arc::clone(&self.machine);
+        let (machine, inquiry) = (Arc::clone(&self.machine), Arc::clone(&self.inquiry));
+        self.settler = None;
         let queued = self.jobs.send(Box::new(move || {
             // The guest first: it has waited long enough.
             let resumed = if resume { machine.resume() } else { Ok(()) };
             machine.throttle(1.0);
             workers.into_iter().for_each(|worker| drop(worker.join()));
             let stopped = if logging { machine.dirty_log().stop() } else { Ok(()) };
+            drop(lock(&inquiry).take());
             let result = resumed.and(stopped).map_err(|error| error.to_string());
             let _ = events.send(Input::Done(Done::Restored(result)).into());
         }));
@@ -469,6 +492,10 @@ impl Driver {
         SourceControl::complete(&mut outcome, self.handle.wire_bytes(), self.handle.flow.pages());
         self.handle.ended(outcome);
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Pauses, saves and lets run on, as a rehearsal: what cannot be saved is found now, and what it takes is known. Of two

@@ -4,6 +4,7 @@ mod control;
 mod data;
 mod driver;
 mod flow;
+mod settler;
 mod state;
 mod worker;
 

@@ -33,7 +33,7 @@ pub(crate) const TESTS: &[Test] = &[
 /// Takes `source`, which is paused, into a new machine: rehearsal, memory, state.
 fn take_in(source: &Machine, host: &mut KvmHost) -> IncomingMachine {
     let description = source.describe().unwrap();
-    assert_eq!(host.check(&description), Vec::new());
+    assert_eq!(host.check(&description, &[]).refusals, Vec::new());
     let mut incoming = host.prepare(&description).unwrap();
     let sections = source.save().unwrap();
     incoming.load(&sections, &LoadContext::default()).unwrap();
@@ -261,7 +261,7 @@ fn every_refusal_is_given_by_name() {
     let machine = run(&writer(2));
     let description = machine.describe().unwrap();
     let reasons = |options: HostOptions, description: &MachineDescription| {
-        KvmHost::new(options).check(description).iter().map(ToString::to_string).collect::<Vec<_>>()
+        KvmHost::new(options).check(description, &[]).refusals.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     let has = |reasons: &[String], expected: &str| {
         assert!(reasons.iter().any(|reason| reason.contains(expected)), "{expected:?} in {reasons:?}");
@@ -401,7 +401,7 @@ fn figures() {
         println!("{vcpus} vCPUs: state {} bytes", sections.iter().map(|s| s.payload.len()).sum::<usize>());
         let description = source.describe().unwrap();
         let mut host = KvmHost::default();
-        time("check", &mut || assert!(host.check(&description).is_empty()));
+        time("check", &mut || assert!(host.check(&description, &[]).refusals.is_empty()));
         let mut incoming = None;
         time("prepare", &mut || incoming = Some(host.prepare(&description).unwrap()));
         let mut incoming = incoming.unwrap();

@@ -14,7 +14,7 @@ fn hello() -> Message {
 fn preflight(channels: u16) -> Message {
     let memory = vec![RegionDescription { guest_address: 0, size_bytes: 1 << 30 }];
     let machine = MachineDescription { name: "m".into(), vcpus: 1, memory, sections: Vec::new(), vmm: Vec::new() };
-    Message::Preflight(PreflightRequest { machine, channels, dry_run: false })
+    Message::Preflight(PreflightRequest { machine, question: vec![7], channels, dry_run: false })
 }
 
 fn prepare(verify: bool) -> Message {
@@ -31,7 +31,7 @@ fn healthy() -> Vec<Input> {
         Input::Message(hello()),
         Input::Message(Message::ClockRequest(1)),
         Input::Message(preflight(2)),
-        Input::Checked(Vec::new()),
+        Input::Checked(Verdict::default()),
         Input::Message(prepare(true)),
         Input::Built(Ok(Duration::ZERO)),
         Input::DataOpened(Ok(())),

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::channel::SessionToken;
-use crate::machine::RegionDescription;
+use crate::machine::{RegionDescription, Verdict};
 use crate::message::{Applied, Prepared, Version};
 
 fn machine() -> MachineDescription {
@@ -35,8 +35,9 @@ fn healthy(action: &Action, dirty: u64) -> Option<Input> {
         Action::Connect => done(Done::Connected),
         Action::Send(Message::Hello(_)) => Some(hello(VERSION.major)),
         Action::Send(Message::ClockRequest(number)) => message(Message::ClockReply((*number, 0))),
-        Action::Describe => done(Done::Described(machine())),
-        Action::Send(Message::Preflight(_)) => message(Message::Verdict(Vec::new())),
+        Action::Describe => done(Done::Described(machine(), vec![7])),
+        Action::Send(Message::Preflight(_)) => message(Message::Verdict(Verdict::default())),
+        Action::Judge(_) => done(Done::Judged(Vec::new())),
         Action::Rehearse => done(Done::Rehearsed { sections: Vec::new(), pause: Duration::from_micros(500) }),
         Action::Send(Message::Prepare(_)) => {
             message(Message::Prepared(Prepared { token: SessionToken([0; 16]), load: Duration::from_millis(1) }))
@@ -187,7 +188,7 @@ fn hearing_nothing_after_commit_needs_a_person() {
 
 /// Something that can go wrong in answer to an action.
 fn faults() -> impl Strategy<Value = Option<u8>> {
-    prop::option::of(0u8..9)
+    prop::option::of(0u8..10)
 }
 
 fn fault(kind: u8) -> Option<Input> {
@@ -199,7 +200,8 @@ fn fault(kind: u8) -> Option<Input> {
         4 => Some(Input::Message(Message::Abort("no".into()))),
         5 => Some(Input::Message(Message::Running(Vec::new()))),
         6 => Some(Input::Message(Message::Ready(Vec::new()))),
-        7 => Some(Input::Message(Message::Verdict(vec![Refusal::new("cpu", "none")]))),
+        7 => Some(Input::Message(Message::Verdict(vec![Refusal::new("cpu", "none")].into()))),
+        8 => Some(Input::Done(Done::Judged(vec![Refusal::new("disk root", "another one")]))),
         _ => Some(Input::Message(Message::Applied(Applied { channel: 9, mark: 9 }))),
     }
 }
@@ -228,7 +230,7 @@ proptest! {
         // The only silences without a limit in the control plane are those the driver limits: connecting, the
         // machine's own work, and the rounds, which end by themselves or with the link.
         let waits_for_driver = run.actions.last().is_some_and(|last| {
-            ["Connect", "Describe", "Rehearse", "OpenData", "Probe", "StartLog", "Round", "StopGuest", "CutRound"]
+            ["Connect", "Describe", "Judge", "Rehearse", "OpenData", "Probe", "StartLog", "Round", "StopGuest", "CutRound"]
                 .iter().any(|action| last.starts_with(action))
         });
         prop_assert!(run.outcome.is_some() || waits_for_driver, "hangs after {:?}", run.actions.last());

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::channel::SessionToken;
-use crate::machine::{MachineDescription, Section};
+use crate::machine::{MachineDescription, Refusal, Section};
 use crate::message::{Message, TimedStep};
 use crate::phase::Phase;
 use crate::progress::RoundReport;
@@ -37,8 +37,10 @@ pub enum Input {
 pub enum Done {
     /// The control channel is open.
     Connected,
-    /// The machine was described.
-    Described(MachineDescription),
+    /// The machine was described, and what it asks the destination.
+    Described(MachineDescription, Vec<u8>),
+    /// The destination's answer was judged: every reason against the move.
+    Judged(Vec<Refusal>),
     /// Pausing, saving and resuming were rehearsed.
     Rehearsed {
         /// The state, soon stale.
@@ -121,8 +123,10 @@ pub enum Action {
 
     /// Open the control channel.
     Connect,
-    /// Describe the machine.
+    /// Describe the machine, and find out what it asks.
     Describe,
+    /// Judge the destination's answer.
+    Judge(Vec<u8>),
     /// Pause, save, resume, with the clock running.
     Rehearse,
     /// Open the data channels.
