@@ -57,6 +57,19 @@ impl IrqchipState {
     }
 }
 
+/// Masks all lines of the PICs, as firmware does before it starts a kernel: one that is told of no PICs would never do it, and
+/// take what they let through for something else.
+pub(crate) fn mask_pics(vm: &VmFd) -> Result<(), VmmError> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let failed = || VmmError::kvm("cannot mask the PICs");
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut chip).map_err(failed())?;
+        chip.chip.pic.imr = u8::MAX;
+        vm.set_irqchip(&chip).map_err(failed())?;
+    }
+    Ok(())
+}
+
 /// The state of the timer, version 1.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct PitState {

@@ -6,7 +6,7 @@
 mod features;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
 use crate::error::VmmError;
@@ -28,6 +28,7 @@ const FUNCTION_AMD_PERFORMANCE: u32 = 0x8000_0022;
 
 const ECX_VMX: u32 = 1 << 5;
 const ECX_PDCM: u32 = 1 << 15;
+const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const EDX_HTT: u32 = 1 << 28;
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
 const AMD_ECX_SVM: u32 = 1 << 2;
@@ -69,7 +70,13 @@ pub(crate) fn offered(kvm: &Kvm, vcpus: u32, tsc_khz: u32) -> Result<Vec<Leaf>, 
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(VmmError::kvm("cannot read the CPU features that KVM supports"))?;
-    let supported = supported.as_slice().iter().map(Leaf::from).collect();
+    let mut supported: Vec<_> = supported.as_slice().iter().map(Leaf::from).collect();
+    // KVM tells of it elsewhere, since it needs a LAPIC in the kernel, which every machine has. Without it a guest would
+    // have to measure its LAPIC's frequency, against a timer that the ACPI tables do not let it have.
+    if kvm.check_extension(Cap::TscDeadlineTimer) {
+        let features = supported.iter_mut().filter(|leaf| leaf.function == FUNCTION_FEATURES);
+        features.for_each(|leaf| leaf.ecx |= ECX_TSC_DEADLINE);
+    }
     Ok(shape(supported, vcpus, tsc_khz))
 }
 

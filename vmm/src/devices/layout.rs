@@ -116,7 +116,7 @@ mod tests {
             change(&mut layout);
             layout.check(3).expect_err("refused")
         };
-        assert!(refused(&|layout| drop(layout.virtio.pop())).contains("2 virtio devices"));
+        assert!(refused(&|layout| layout.virtio.truncate(2)).contains("2 virtio devices"));
         assert!(refused(&|layout| layout.virtio[1].address = layout.virtio[0].address).contains("0xd0000000"));
         assert!(refused(&|layout| layout.virtio[1].address = 0x1000).contains("0x1000"));
         assert!(refused(&|layout| layout.virtio[1].address = u64::from(IO_APIC)).contains("0xfec00000"));

@@ -10,6 +10,7 @@ use super::events::{Life, Subscribers};
 use super::reset::{BootFiles, PowerOn};
 use super::throttle::Throttle;
 use super::{Inner, Machine};
+use crate::chips::mask_pics;
 use crate::config::MachineConfig;
 use crate::cpuid::{self, Leaf};
 use crate::description::Identity;
@@ -41,6 +42,7 @@ impl Machine {
             None => DeviceLayout::new(config.virtio_devices()),
         };
         let devices = Arc::new(Devices::new(vm.fd(), ram.guest(), &layout, config)?);
+        mask_pics(vm.fd())?;
         let fds = create_vcpus(&vm, config.vcpus)?;
         let identity = match identity {
             Some(identity) => {

@@ -109,6 +109,9 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::process::Command;
+
     use super::*;
     use crate::config::MAX_VCPUS;
     use crate::devices::layout::MAX_VIRTIO_DEVICES;
@@ -159,6 +162,38 @@ mod tests {
         let cpus: Vec<_> = madt[44..44 + 3 * 8].chunks(8).map(|cpu| (cpu[0], cpu[2], cpu[3], cpu[4])).collect();
         assert_eq!(cpus, [(0, 0, 0, 1), (0, 1, 1, 1), (0, 2, 2, 1)]);
         assert_eq!((madt[68], word(&madt, 72), word(&madt, 76)), (1, 0xfec0_0000, 0));
+    }
+
+    /// ACPICA's own disassembler and compiler, where they are installed (acpica-tools).
+    #[test]
+    fn acpicas_compiler_has_nothing_to_object_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |arguments: &[&str]| {
+            let output = Command::new("iasl").args(arguments).current_dir(folder.path()).output()?;
+            let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            assert!(output.status.success(), "iasl {arguments:?}: {text}");
+            Ok::<_, std::io::Error>(text)
+        };
+        if run(&["-v"]).is_err() {
+            eprintln!("skipped: iasl is not installed");
+            return;
+        }
+        fs::write(folder.path().join("dsdt.aml"), dsdt(&DeviceLayout::new(MAX_VIRTIO_DEVICES))).unwrap();
+        let image = image(BASE, 2, &DeviceLayout::new(1));
+        let xsdt = table(&image, long(&image, 24), b"XSDT");
+        fs::write(folder.path().join("fadt.aml"), table(&image, long(&xsdt, 36), b"FACP")).unwrap();
+        fs::write(folder.path().join("madt.aml"), table(&image, long(&xsdt, 44), b"APIC")).unwrap();
+        for name in ["dsdt", "fadt", "madt"] {
+            run(&["-d", &format!("{name}.aml")]).unwrap();
+            let source = fs::read_to_string(folder.path().join(format!("{name}.dsl"))).unwrap();
+            assert!(!source.contains("Invalid") && !source.contains("Unknown"), "{source}");
+        }
+        let remarks = run(&["-p", "again", "dsdt.dsl"]).unwrap();
+        assert!(remarks.contains("0 Errors, 0 Warnings"), "{remarks}");
+        let source = fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap();
+        for expected in ["LNRO0005", "0xD0000000", "ACPI0013", "Notify (\\_SB.PWRB, 0x80)", "_S5"] {
+            assert!(source.contains(expected), "{expected} in {source}");
+        }
     }
 
     #[test]
