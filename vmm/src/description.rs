@@ -54,10 +54,15 @@ struct Body {
     xsave_bytes: u32,
     tsc_khz: u32,
     layout: DeviceLayout,
+    accepted_features: Vec<u64>,
 }
 
-/// Describes a machine.
-pub(crate) fn describe(config: &MachineConfig, identity: &Identity) -> Result<MachineDescription, VmmError> {
+/// Describes a machine whose virtio drivers have accepted these features, by place.
+pub(crate) fn describe(
+    config: &MachineConfig,
+    identity: &Identity,
+    accepted_features: Vec<u64>,
+) -> Result<MachineDescription, VmmError> {
     let failed = |source| VmmError::Codec { what: "cannot describe the machine", source };
     let body = Body {
         definition: config.to_toml()?,
@@ -66,6 +71,7 @@ pub(crate) fn describe(config: &MachineConfig, identity: &Identity) -> Result<Ma
         xsave_bytes: u32::try_from(identity.shape.xsave_bytes).unwrap_or(u32::MAX),
         tsc_khz: identity.tsc_khz,
         layout: identity.layout.clone(),
+        accepted_features,
     };
     let body = codec::encode(&body).map_err(failed)?;
     Ok(MachineDescription {
@@ -84,6 +90,8 @@ pub(crate) struct Described {
     pub(crate) config: MachineConfig,
     /// What its guest has been shown.
     pub(crate) identity: Identity,
+    /// The features that its virtio drivers have accepted so far, by place.
+    pub(crate) accepted_features: Vec<u64>,
 }
 
 impl Described {
@@ -114,8 +122,15 @@ impl Described {
         body.layout
             .check(config.virtio_devices())
             .map_err(|reason| format!("the machine's devices cannot be where they are said to be: {reason}"))?;
+        if body.accepted_features.len() != body.layout.virtio.len() {
+            return Err(format!("features of {} virtio drivers", body.accepted_features.len()));
+        }
         let shape = StateShape { msrs: body.msrs, xsave_bytes: body.xsave_bytes as usize };
-        Ok(Self { config, identity: Identity { cpuid: body.cpuid, shape, tsc_khz: body.tsc_khz, layout: body.layout } })
+        Ok(Self {
+            config,
+            identity: Identity { cpuid: body.cpuid, shape, tsc_khz: body.tsc_khz, layout: body.layout },
+            accepted_features: body.accepted_features,
+        })
     }
 }
 
@@ -132,12 +147,13 @@ mod tests {
         Described {
             config,
             identity: Identity { cpuid: vec![Vec::new(); 2], shape, tsc_khz: 2_000_000, layout: DeviceLayout::new(1) },
+            accepted_features: vec![1 << 32],
         }
     }
 
     fn description() -> MachineDescription {
         let described = described();
-        describe(&described.config, &described.identity).unwrap()
+        describe(&described.config, &described.identity, described.accepted_features).unwrap()
     }
 
     #[test]

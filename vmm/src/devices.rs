@@ -29,8 +29,9 @@ use self::i8042::KeyboardController;
 use self::layout::{COM1, DeviceLayout, KEYBOARD_CONTROLLER, POWER_PORTS, WINDOW_BYTES};
 use self::serial::{SerialPort, SerialState, eventfd};
 use self::virtio::VirtioDevice;
-use self::virtio::block::{self, CacheMode};
+use self::virtio::block::{self, Block, CacheMode};
 use self::virtio::mmio::{MmioTransport, VirtioState};
+use self::virtio::net::{self, Net};
 use self::virtio::rng::Rng;
 use crate::config::MachineConfig;
 use crate::error::{VmmError, chain};
@@ -42,6 +43,8 @@ pub(crate) struct Devices {
     serial: Arc<SerialPort>,
     power: Arc<PowerControl>,
     virtio: Vec<Arc<MmioTransport>>,
+    disks: Vec<Arc<Block>>,
+    nets: Vec<Arc<Net>>,
 }
 
 /// The state of a machine's devices.
@@ -54,11 +57,13 @@ pub(crate) struct DevicesState {
 
 impl Devices {
     /// Builds the devices of a machine, puts them where `layout` says, and wires them to its interrupt controllers.
+    /// `accepted`: the features that the drivers of a machine that comes in use, by place.
     pub(crate) fn new(
         vm: &VmFd,
         memory: &GuestMemory,
         layout: &DeviceLayout,
         config: &MachineConfig,
+        accepted: &[u64],
     ) -> Result<Self, VmmError> {
         let (mut ports, mut mmio) = (Bus::default(), Bus::default());
         let (com1, com1_ports, com1_line) = COM1;
@@ -74,13 +79,15 @@ impl Devices {
         let power = Arc::new(PowerControl::new(line(layout.event_line)?));
         ports.add(u64::from(layout.power_port), u64::from(POWER_PORTS), power.clone());
         let mut transports = Vec::with_capacity(layout.virtio.len());
-        for (device, place) in virtio_devices(config)?.into_iter().zip(&layout.virtio) {
+        let disks = open_disks(config)?;
+        let nets = open_nets(config, accepted)?;
+        for (device, place) in in_order(&disks, &nets).zip(&layout.virtio) {
             let transport = Arc::new(MmioTransport::new(device, memory.clone(), line(place.line)?)?);
             transport.wire_kicks(vm, place.address)?;
             mmio.add(place.address, WINDOW_BYTES, transport.clone());
             transports.push(transport);
         }
-        Ok(Self { ports, mmio, serial, power, virtio: transports })
+        Ok(Self { ports, mmio, serial, power, virtio: transports, disks, nets })
     }
 
     /// Devices reached by port I/O.
@@ -91,6 +98,21 @@ impl Devices {
     /// Devices reached by memory access.
     pub(crate) fn mmio(&self) -> &Bus {
         &self.mmio
+    }
+
+    /// The disks, in the order of the machine's definition.
+    pub(crate) fn disks(&self) -> &[Arc<Block>] {
+        &self.disks
+    }
+
+    /// The network interfaces, in the order of the machine's definition.
+    pub(crate) fn nets(&self) -> &[Arc<Net>] {
+        &self.nets
+    }
+
+    /// The features that drivers have accepted, by place.
+    pub(crate) fn accepted_features(&self) -> Vec<u64> {
+        self.virtio.iter().map(|transport| transport.accepted_features()).collect()
     }
 
     /// Presses the power button.
@@ -160,18 +182,23 @@ impl Devices {
     }
 }
 
-/// A machine's virtio devices, in the order of their places: disks, network interfaces, the entropy source.
-fn virtio_devices(config: &MachineConfig) -> Result<Vec<Arc<dyn VirtioDevice>>, VmmError> {
-    let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::with_capacity(config.virtio_devices());
+/// The order in which virtio devices have their places: disks, network interfaces, the entropy source.
+fn in_order(disks: &[Arc<Block>], nets: &[Arc<Net>]) -> impl Iterator<Item = Arc<dyn VirtioDevice>> {
+    let disks = disks.iter().map(|disk| -> Arc<dyn VirtioDevice> { disk.clone() });
+    let nets = nets.iter().map(|net| -> Arc<dyn VirtioDevice> { net.clone() });
+    disks.chain(nets).chain([Arc::new(Rng::default()) as _])
+}
+
+fn open_disks(config: &MachineConfig) -> Result<Vec<Arc<Block>>, VmmError> {
+    // A queue for each vCPU: part of what the guest sees, and therefore the same wherever the machine moves.
     let queues = u16::try_from(config.vcpus).unwrap_or(u16::MAX);
-    for disk in &config.disks {
-        devices.push(block::open(disk, CacheMode::of(config.unsafe_cache), queues)?);
-    }
-    if let Some(net) = config.nets.first() {
-        return Err(VmmError::Status(format!("network interface {}: this version has none", net.id)));
-    }
-    devices.push(Arc::new(Rng::default()));
-    Ok(devices)
+    let cache = CacheMode::of(config.unsafe_cache);
+    config.disks.iter().map(|disk| block::open(disk, cache, queues)).collect()
+}
+
+fn open_nets(config: &MachineConfig, accepted: &[u64]) -> Result<Vec<Arc<Net>>, VmmError> {
+    let accepted = |index: usize| accepted.get(config.disks.len() + index).copied().unwrap_or(0);
+    config.nets.iter().enumerate().map(|(index, net)| net::open(net, accepted(index))).collect()
 }
 
 /// The section of the virtio device in this place.

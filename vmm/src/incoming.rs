@@ -1,6 +1,7 @@
 //! A machine that is being taken in.
 
 mod facts;
+mod places;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,9 +11,9 @@ use godwit_core::{
     SourceMachine, Verdict,
 };
 
-use crate::config::{MachineConfig, SerialTarget};
+use crate::config::SerialTarget;
 use crate::description::Described;
-use crate::machine::{BootFiles, Machine};
+use crate::machine::{Arriving, BootFiles, Machine};
 use crate::preflight;
 use crate::state;
 
@@ -68,6 +69,9 @@ impl DestinationHost for KvmHost {
             Ok(machine) => {
                 let unusable = state::unusable(&description.sections, machine.identity.counts());
                 refusals.extend(unusable.into_iter().map(|reason| Refusal::new("state", reason)));
+                if let Err(mut closed) = places::find(&machine.config, &self.options) {
+                    refusals.append(&mut closed);
+                }
                 match facts::gather(&machine, &self.options) {
                     Err(mut lacking) => refusals.append(&mut lacking),
                     Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
@@ -78,10 +82,14 @@ impl DestinationHost for KvmHost {
     }
 
     fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
-        let Described { config, identity } = Described::read(description).map_err(MachineError::new)?;
-        let config = MachineConfig { serial: self.options.serial.clone(), ..config };
+        let Described { config, identity, accepted_features } =
+            Described::read(description).map_err(MachineError::new)?;
+        let config = places::find(&config, &self.options).map_err(|refusals| {
+            let reasons: Vec<_> = refusals.iter().map(ToString::to_string).collect();
+            MachineError::new(reasons.join("; "))
+        })?;
         let boot_files = BootFiles::Under(self.options.boot_file_dirs.clone());
-        let machine = Machine::build(&config, Some(identity), boot_files)?;
+        let machine = Machine::build(&config, Some(Arriving { identity, accepted_features }), boot_files)?;
         Ok(IncomingMachine { machine, loaded: false })
     }
 }

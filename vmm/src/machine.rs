@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use godwit_core::{DirtyLog, GuestMemory, LoadContext, MachineDescription, MachineError, Section, SourceMachine};
 
-pub(crate) use self::build::host_tsc_khz;
+pub(crate) use self::build::{Arriving, host_tsc_khz};
 use self::events::{Life, Subscribers};
 pub(crate) use self::reset::BootFiles;
 use self::reset::PowerOn;
@@ -189,7 +189,8 @@ impl Machine {
 
 impl SourceMachine for Machine {
     fn describe(&self) -> Result<MachineDescription, MachineError> {
-        Ok(describe(&self.inner.config, &self.inner.identity)?)
+        let accepted = self.inner.devices.accepted_features();
+        Ok(describe(&self.inner.config, &self.inner.identity, accepted)?)
     }
 
     fn memory(&self) -> GuestMemory {

@@ -131,6 +131,7 @@ mod tests {
         Described {
             config: MachineConfig { guest: Some(GuestKind::Writer), ..Default::default() },
             identity: Identity { cpuid, shape, tsc_khz: 2_000_000, layout: DeviceLayout::new(1) },
+            accepted_features: vec![0],
         }
     }
 

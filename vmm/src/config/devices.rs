@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, invalid};
 use crate::devices::layout::MAX_VIRTIO_DEVICES;
+use crate::devices::virtio::net::MacAddress;
 
 /// The most disks and network interfaces, taken together: an entropy source needs a place, too.
 pub const MAX_DEVICES: usize = MAX_VIRTIO_DEVICES - 1;
@@ -42,21 +43,6 @@ pub struct NetConfig {
     pub mac: String,
 }
 
-impl NetConfig {
-    /// The guest's hardware address as bytes. None if the text is no address, or one that no interface can have.
-    pub fn mac_bytes(&self) -> Option<[u8; 6]> {
-        let mut bytes = [0; 6];
-        let mut pairs = self.mac.split(':');
-        for byte in &mut bytes {
-            let pair = pairs.next().filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()))?;
-            *byte = u8::from_str_radix(pair, 16).ok()?;
-        }
-        // Not a group's address, nor none at all.
-        let usable = pairs.next().is_none() && bytes[0] & 1 == 0 && bytes != [0; 6];
-        usable.then_some(bytes)
-    }
-}
-
 /// Whether a machine can have these.
 pub(super) fn validate(disks: &[DiskConfig], nets: &[NetConfig]) -> Result<(), ConfigError> {
     if disks.len() + nets.len() > MAX_DEVICES {
@@ -89,8 +75,7 @@ fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
 fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     validate_ids("net", nets.iter().map(|net| net.id.as_str()))?;
     let (mut macs, mut taps) = (BTreeSet::new(), BTreeSet::new());
-    for net in nets {
-        let NetConfig { id, tap, mac } = net;
+    for NetConfig { id, tap, mac } in nets {
         let tap_is_plain = tap.bytes().all(|b| b.is_ascii_graphic() && !b"/:%".contains(&b));
         if tap.is_empty() || tap.len() > MAX_TAP_BYTES || !tap_is_plain || tap == "." || tap == ".." {
             return Err(invalid("net", format!("`{id}`: {tap:?} cannot be the name of a tap device")));
@@ -98,14 +83,7 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
         if !taps.insert(tap) {
             return Err(invalid("net", format!("`{id}`: the tap {tap} already belongs to another interface")));
         }
-        let Some(address) = net.mac_bytes() else {
-            return Err(invalid(
-                "net",
-                format!(
-                    "`{id}`: {mac:?} is not a hardware address: use six pairs of hexadecimal digits like 52:54:00:12:34:56, the first one even"
-                ),
-            ));
-        };
+        let address = mac.parse::<MacAddress>().map_err(|error| invalid("net", format!("`{id}`: {error}")))?;
         if !macs.insert(address) {
             return Err(invalid(
                 "net",

@@ -92,6 +92,24 @@ fn errors_name_the_file_the_key_and_what_would_do() {
         ("guest = \"writer\"\ninitrd = \"i\"", "initrd: needs a kernel"),
         ("kernel = \"k\"\n[writer]\nseed = 1", "writer: these settings need guest = \"writer\""),
         ("guest = \"writer\"\ndirty_tracking = \"ring\"", "dirty_tracking: "),
+        ("guest = \"writer\"\n[[disk]]\nid = \"a b\"\npath = \"b\"", "disk: id \"a b\": use 1 to 20 letters"),
+        ("guest = \"writer\"\n[[disk]]\nid = \"a\"\npath = \"\"", "disk: `a` needs a path"),
+        (
+            "guest = \"writer\"\n[[disk]]\nid = \"a\"\npath = \"x\"\n[[disk]]\nid = \"a\"\npath = \"y\"",
+            "disk: id `a` occurs more than once",
+        ),
+        (
+            "guest = \"writer\"\n[[disk]]\nid = \"a\"\npath = \"x\"\n[[disk]]\nid = \"b\"\npath = \"x\"\nreadonly = true",
+            "disk: `a` and `b` are both x",
+        ),
+        (
+            "guest = \"writer\"\n[[net]]\nid = \"a\"\ntap = \"b\"\nmac = \"01:00:00:00:00:01\"",
+            "net: `a`: `01:00:00:00:00:01` is not the hardware address",
+        ),
+        (
+            "guest = \"writer\"\n[[net]]\nid = \"a\"\ntap = \"x/y\"\nmac = \"02:00:00:00:00:01\"",
+            "net: `a`: \"x/y\" cannot be the name of a tap device",
+        ),
     ];
     for (text, expected) in cases {
         let error = parse(text).expect_err(text).to_string();
@@ -100,6 +118,35 @@ fn errors_name_the_file_the_key_and_what_would_do() {
     }
     let error = MachineConfig::from_file(Path::new("/nonexistent/m.toml")).unwrap_err().to_string();
     assert!(error.contains("/nonexistent/m.toml"), "{error}");
+}
+
+#[test]
+fn interfaces_share_neither_taps_nor_addresses() {
+    let net = |id: &str, tap: &str, mac: &str| NetConfig { id: id.into(), tap: tap.into(), mac: mac.into() };
+    let with = |second| MachineConfig {
+        guest: Some(GuestKind::Writer),
+        nets: vec![net("a", "tap0", "52:54:00:00:00:0a"), second],
+        ..Default::default()
+    };
+    with(net("b", "tap1", "52:54:00:00:00:0b")).validate().unwrap();
+    let same_tap = with(net("b", "tap0", "52:54:00:00:00:0b")).validate().unwrap_err().to_string();
+    assert!(same_tap.contains("the tap tap0 already"), "{same_tap}");
+    let same_mac = with(net("b", "tap1", "52:54:00:00:00:0A")).validate().unwrap_err().to_string();
+    assert!(same_mac.contains("already belongs to another interface"), "{same_mac}");
+}
+
+#[test]
+fn there_is_room_for_so_many_devices_and_no_more() {
+    let disk =
+        |number: usize| DiskConfig { id: format!("d{number}"), path: format!("/d{number}").into(), readonly: false };
+    let with = |count| MachineConfig {
+        guest: Some(GuestKind::Writer),
+        disks: (0..count).map(disk).collect(),
+        ..Default::default()
+    };
+    with(MAX_DEVICES).validate().unwrap();
+    let error = with(MAX_DEVICES + 1).validate().unwrap_err().to_string();
+    assert!(error.contains("16 disks and network interfaces; a machine has at most 15"), "{error}");
 }
 
 proptest! {

@@ -24,12 +24,19 @@ use crate::sync::lock;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{Notify, Vcpu, msr};
 
+/// What a guest from elsewhere brings along.
+pub(crate) struct Arriving {
+    pub(crate) identity: Identity,
+    /// The features that its virtio drivers have accepted so far, by place.
+    pub(crate) accepted_features: Vec<u64>,
+}
+
 impl Machine {
-    /// Builds a machine whose vCPUs are as at power-on and do not run. With `identity`, it shows a guest from elsewhere what
-    /// that guest has been shown before.
+    /// Builds a machine whose vCPUs are as at power-on and do not run. For a guest from elsewhere it shows what `arriving` says
+    /// that the guest has been shown before.
     pub(crate) fn build(
         config: &MachineConfig,
-        identity: Option<Identity>,
+        arriving: Option<Arriving>,
         boot_files: BootFiles,
     ) -> Result<Self, VmmError> {
         install_kick_handler()?;
@@ -37,15 +44,15 @@ impl Machine {
         let kvm = Vm::open_kvm()?;
         let vm = Arc::new(Vm::new(&kvm)?);
         vm.set_memory(ram.guest(), false)?;
-        let layout = match &identity {
-            Some(identity) => identity.layout.clone(),
-            None => DeviceLayout::new(config.virtio_devices()),
+        let (layout, accepted_features) = match &arriving {
+            Some(arriving) => (arriving.identity.layout.clone(), arriving.accepted_features.as_slice()),
+            None => (DeviceLayout::new(config.virtio_devices()), Default::default()),
         };
-        let devices = Arc::new(Devices::new(vm.fd(), ram.guest(), &layout, config)?);
+        let devices = Arc::new(Devices::new(vm.fd(), ram.guest(), &layout, config, accepted_features)?);
         mask_pics(vm.fd())?;
         let fds = create_vcpus(&vm, config.vcpus)?;
-        let identity = match identity {
-            Some(identity) => {
+        let identity = match arriving {
+            Some(Arriving { identity, .. }) => {
                 show_cpus(&vm, &fds, &identity.cpuid, identity.tsc_khz)?;
                 identity
             }

@@ -84,6 +84,12 @@ impl MmioTransport {
         Ok(())
     }
 
+    /// The features that its driver has accepted: none before they are agreed on.
+    pub(crate) fn accepted_features(&self) -> u64 {
+        let registers = &lock(&self.inner).registers;
+        if registers.status & FEATURES_OK != 0 { registers.driver_features } else { 0 }
+    }
+
     /// Opens the device: it works from now on, and looks into every queue at once. The driver is made to look, too.
     pub(crate) fn resume(&self) {
         let mut inner = lock(&self.inner);
