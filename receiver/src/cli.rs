@@ -33,6 +33,15 @@ pub(crate) struct Cli {
     /// A folder from which a kernel may be read again when the guest reboots; may be given several times
     #[arg(long = "boot-dir", value_name = "DIR")]
     boot_dirs: Vec<PathBuf>,
+    /// A tap that a machine may use; may be given several times
+    #[arg(long = "allow-tap", value_name = "NAME")]
+    allow_taps: Vec<String>,
+    /// The tap to use here for the network interface with this id; may be given several times
+    #[arg(long = "map-net", value_name = "ID=TAP", value_parser = mapping)]
+    map_nets: Vec<(String, String)>,
+    /// Do not announce the machine on its networks when it runs here: its neighbours find out only when it sends
+    #[arg(long)]
+    no_announce: bool,
     /// Write events as JSON on stdout, one a line; text for people goes to stderr
     #[arg(long)]
     pub(crate) json: bool,
@@ -52,10 +61,21 @@ impl Cli {
         HostOptions {
             serial: self.serial.clone(),
             boot_file_dirs: self.boot_dirs.clone(),
+            allow_taps: self.allow_taps.clone(),
+            map_nets: self.map_nets.iter().cloned().collect(),
+            no_announce: self.no_announce,
             mask_cpu_features: self.test_without_cpu.clone(),
             pretend_tsc_khz: self.test_tsc_khz,
             ..Default::default()
         }
+    }
+}
+
+/// Parses what an id stands for here: `ID=NAME`.
+fn mapping(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((id, here)) if !id.is_empty() && !here.is_empty() => Ok((id.to_owned(), here.to_owned())),
+        _ => Err("not ID=NAME".into()),
     }
 }
 
@@ -68,5 +88,18 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_a_machine_may_use_is_said_name_by_name() {
+        let given = ["--allow-tap", "tap0", "--allow-tap", "tap1", "--map-net", "lan=tap7", "--no-announce"];
+        let command = ["godwit-receiver", "--listen", "tcp://127.0.0.1:0"].into_iter().chain(given);
+        let options = Cli::try_parse_from(command).unwrap().host_options();
+        assert_eq!(options.allow_taps, ["tap0", "tap1"]);
+        assert_eq!(options.map_nets, [("lan".into(), "tap7".into())].into());
+        assert!(options.no_announce);
+        for wrong in ["lan", "=tap7", "lan="] {
+            assert!(mapping(wrong).is_err(), "{wrong}");
+        }
     }
 }
