@@ -1,7 +1,7 @@
 //! A machine that is being taken in.
 
 mod facts;
-mod places;
+pub(crate) mod places;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,8 +11,9 @@ use godwit_core::{
     SourceMachine, Verdict,
 };
 
-use crate::config::SerialTarget;
+use crate::config::{MachineConfig, SerialTarget};
 use crate::description::Described;
+use crate::disks::{self, DiskVerdict};
 use crate::machine::{Arriving, BootFiles, Machine};
 use crate::preflight;
 use crate::state;
@@ -47,19 +48,33 @@ pub struct HostOptions {
 pub struct KvmHost {
     /// What an incoming machine may use.
     pub options: HostOptions,
+    /// What has been found out about its disks: the files made for that exist as long as this does.
+    disks: DiskVerdict,
 }
 
 impl KvmHost {
     /// This host, with these options.
     pub fn new(options: HostOptions) -> Self {
-        Self { options }
+        Self { options, disks: DiskVerdict::default() }
+    }
+}
+
+impl KvmHost {
+    /// Everything about what a machine brings from outside of it: first whether it may be opened here.
+    fn check_disks(&self, config: &MachineConfig, question: &[u8]) -> DiskVerdict {
+        let (machine, options) = (config.clone(), self.options.clone());
+        match disks::with_storage(move || places::find(&machine, &options)) {
+            Ok(Ok(here)) => DiskVerdict::new(&here, question),
+            Ok(Err(refusals)) => DiskVerdict::refused(refusals),
+            Err(why) => DiskVerdict::refused(vec![Refusal::new("disk", why)]),
+        }
     }
 }
 
 impl DestinationHost for KvmHost {
     type Machine = IncomingMachine;
 
-    fn check(&mut self, description: &MachineDescription, _question: &[u8]) -> Verdict {
+    fn check(&mut self, description: &MachineDescription, question: &[u8]) -> Verdict {
         let mut refusals = Vec::new();
         if let Err(reason) = facts::check_serial(&self.options.serial) {
             refusals.push(Refusal::new("serial", reason));
@@ -69,21 +84,23 @@ impl DestinationHost for KvmHost {
             Ok(machine) => {
                 let unusable = state::unusable(&description.sections, machine.identity.counts());
                 refusals.extend(unusable.into_iter().map(|reason| Refusal::new("state", reason)));
-                if let Err(mut closed) = places::find(&machine.config, &self.options) {
-                    refusals.append(&mut closed);
-                }
+                self.disks = self.check_disks(&machine.config, question);
+                refusals.append(&mut self.disks.refusals);
                 match facts::gather(&machine, &self.options) {
                     Err(mut lacking) => refusals.append(&mut lacking),
                     Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
                 }
             }
         }
-        refusals.into()
+        let DiskVerdict { warnings, evidence, .. } = &self.disks;
+        Verdict { refusals, warnings: warnings.clone(), evidence: evidence.clone() }
     }
 
     fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
         let Described { config, identity, accepted_features } =
             Described::read(description).map_err(MachineError::new)?;
+        // The source has seen what it wanted to see.
+        self.disks = DiskVerdict::default();
         let config = places::find(&config, &self.options).map_err(|refusals| {
             let reasons: Vec<_> = refusals.iter().map(ToString::to_string).collect();
             MachineError::new(reasons.join("; "))
@@ -115,6 +132,8 @@ impl DestinationMachine for IncomingMachine {
     fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<(), MachineError> {
         self.loaded = false;
         self.machine.load(sections, context)?;
+        // What the source wrote last may be older here.
+        self.machine.forget_cached_disks();
         self.loaded = true;
         Ok(())
     }

@@ -17,6 +17,7 @@ pub mod config;
 mod cpuid;
 mod description;
 mod devices;
+mod disks;
 pub mod error;
 pub mod incoming;
 mod kvm;

@@ -22,9 +22,11 @@ use std::io::Write;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use godwit_core::{DirtyLog, GuestMemory, LoadContext, MachineDescription, MachineError, Section, SourceMachine};
+use godwit_core::{
+    DirtyLog, GuestMemory, Inquiry, LoadContext, MachineDescription, MachineError, Section, SourceMachine,
+};
 
 pub(crate) use self::build::{Arriving, host_tsc_khz};
 use self::events::{Life, Subscribers};
@@ -34,11 +36,15 @@ use self::throttle::Throttle;
 use crate::config::MachineConfig;
 use crate::description::{Identity, describe};
 use crate::devices::Devices;
-use crate::error::VmmError;
+use crate::disks::DiskInquiry;
+use crate::error::{VmmError, chain};
 use crate::kvm::{KvmDirtyLog, Vm};
 use crate::memory::{Ram, RamRegion};
 use crate::sync::lock;
 use crate::vcpu::Vcpu;
+
+/// How long a disk may take to be flushed ahead of a pause: nothing waits for it.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How to boot.
 #[derive(Debug, Clone, Default)]
@@ -185,12 +191,23 @@ impl Machine {
     pub(crate) fn load(&self, sections: &[Section], context: &LoadContext) -> Result<(), VmmError> {
         self.inner.load(sections, context)
     }
+
+    /// Drops what this host's page cache holds of disks that are accessed through it.
+    pub(crate) fn forget_cached_disks(&self) {
+        if self.inner.config.unsafe_cache {
+            self.inner.devices.disks().iter().for_each(|disk| disk.forget_cached());
+        }
+    }
 }
 
 impl SourceMachine for Machine {
     fn describe(&self) -> Result<MachineDescription, MachineError> {
         let accepted = self.inner.devices.accepted_features();
         Ok(describe(&self.inner.config, &self.inner.identity, accepted)?)
+    }
+
+    fn inquire(&self) -> Result<Box<dyn Inquiry>, MachineError> {
+        Ok(Box::new(DiskInquiry::new(&self.inner.config)?))
     }
 
     fn memory(&self) -> GuestMemory {
@@ -219,6 +236,14 @@ impl SourceMachine for Machine {
 
     fn throttle(&self, share: f64) {
         self.inner.throttle.set(share);
+    }
+
+    fn settle(&self) {
+        for disk in self.inner.devices.disks() {
+            if let Err(error) = disk.sync(Instant::now() + SETTLE_LIMIT) {
+                tracing::warn!("before the pause: {}", chain(&error));
+            }
+        }
     }
 }
 

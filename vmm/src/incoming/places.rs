@@ -9,13 +9,14 @@ use super::HostOptions;
 use crate::config::{DiskConfig, MachineConfig, NetConfig};
 
 /// The machine's definition as it holds here, or every reason why there is none.
-pub(super) fn find(config: &MachineConfig, options: &HostOptions) -> Result<MachineConfig, Vec<Refusal>> {
-    let mut here = MachineConfig { serial: options.serial.clone(), ..config.clone() };
+pub(crate) fn find(config: &MachineConfig, options: &HostOptions) -> Result<MachineConfig, Vec<Refusal>> {
+    let mut here =
+        MachineConfig { serial: options.serial.clone(), unsafe_cache: options.unsafe_cache, ..config.clone() };
     let mut refusals = Vec::new();
     for disk in &mut here.disks {
         match disk_path(disk, options) {
             Ok(path) => disk.path = path,
-            Err(reason) => refusals.push(Refusal::new("disk", reason)),
+            Err(reason) => refusals.push(Refusal::new(format!("disk {}", disk.id), reason)),
         }
     }
     for net in &mut here.nets {
@@ -38,13 +39,14 @@ fn disk_path(disk: &DiskConfig, options: &HostOptions) -> Result<PathBuf, String
         return Ok(path.clone());
     }
     let (id, path) = (&disk.id, disk.path.display());
-    let real = disk.path.canonicalize().map_err(|error| format!("`{id}`: cannot find {path}: {error}"))?;
+    let missing = |error| format!("{path} cannot be found: {error} (is the share mounted here?)");
+    let real = disk.path.canonicalize().map_err(missing)?;
     let allowed = |folder: &PathBuf| Path::canonicalize(folder).is_ok_and(|folder| real.starts_with(folder));
     if options.disk_dirs.iter().any(allowed) {
         return Ok(disk.path.clone());
     }
     Err(format!(
-        "`{id}`: {path} lies in no folder from which this host lets a machine open disks (--disk-dir, or --map-disk {id}=PATH)"
+        "{path} lies in no folder from which this host lets a machine open disks (--disk-dir, or --map-disk {id}=PATH)"
     ))
 }
 
@@ -92,7 +94,7 @@ mod tests {
         assert_eq!(find(&machine(&open.join("image")), &options).unwrap().disks[0].path, open.join("image"));
         for path in [closed.join("image"), open.join("link"), open.join("../closed/image"), open.join("missing")] {
             let refusals = find(&machine(&path), &options).unwrap_err();
-            assert!(refusals.iter().any(|refusal| refusal.to_string().contains("`root`")), "{refusals:?}");
+            assert!(refusals.iter().any(|refusal| refusal.to_string().contains("disk root: ")), "{refusals:?}");
         }
         let reasons = find(&machine(&closed.join("image")), &HostOptions::default()).unwrap_err();
         assert_eq!(reasons.len(), 2, "the tap, too: {reasons:?}");

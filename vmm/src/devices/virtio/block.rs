@@ -113,6 +113,13 @@ impl Block {
         }
     }
 
+    /// Drops what this host's page cache holds of the image.
+    pub(crate) fn forget_cached(&self) {
+        if let Err(error) = self.image.forget_cached() {
+            tracing::warn!("disk {}: the page cache may hold stale data of its image: {error}", self.id);
+        }
+    }
+
     /// How many requests of the first queue have been taken out and put back.
     #[cfg(test)]
     fn queue_positions(&self) -> Option<(u16, u16)> {

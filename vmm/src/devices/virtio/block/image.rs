@@ -9,9 +9,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use vm_memory::VolatileSlice;
-use vm_memory::bitmap::{Bitmap, BitmapSlice};
+use vm_memory::bitmap::BitmapSlice;
 
 use super::alignment::{AlignedBuffer, Alignment};
 use super::vectored::{Direction, transfer};
@@ -162,6 +162,11 @@ impl Image {
             return Ok(());
         }
         self.sync_all().inspect_err(|_| self.sync_failed.store(true, Ordering::Release))
+    }
+
+    /// Drops what this host's page cache holds of it, and has been written.
+    pub(super) fn forget_cached(&self) -> io::Result<()> {
+        Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
 
     fn sync_all(&self) -> io::Result<()> {

@@ -1,0 +1,98 @@
+//! Whether both hosts of a move see the same disks, proved before anything is sent.
+//!
+//! ```text
+//! source                                        destination
+//! makes a file beside each image ─ Question ──→ may it open that image? is it the same file? reads the file,
+//! reads that one back            ←─ Evidence ── makes one of its own
+//! ```
+//!
+//! A local copy, an unmounted share, another file system, a read-only export or a squashed root: each shows in one of the
+//! steps. The files are removed by whoever made them, however the move ends.
+
+mod inquiry;
+mod nonce;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::inquiry::DiskInquiry;
+use self::nonce::Nonce;
+pub(crate) use self::verdict::DiskVerdict;
+
+/// How long storage may take to answer all that is asked of it in preflight.
+const STORAGE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a source asks a destination, version 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Question {
+    /// Whether disks go through the source's page cache.
+    unsafe_cache: bool,
+    disks: Vec<AskedDisk>,
+}
+
+/// A disk as the source sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct AskedDisk {
+    id: String,
+    seen: Result<(Identity, Mark), String>,
+}
+
+/// What tells a file from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    inode: u64,
+    size_bytes: u64,
+    /// Seconds and nanoseconds of its last change.
+    modified: (i64, i64),
+    block_device: bool,
+}
+
+/// How the source has marked the folder of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum Mark {
+    /// Not at all: nobody writes this disk.
+    None,
+    /// With this file.
+    File(Nonce),
+}
+
+/// A destination's answer, version 1: its own mark beside each disk that is written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Evidence {
+    disks: Vec<(String, Nonce)>,
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            size_bytes: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            block_device: metadata.file_type().is_block_device(),
+        }
+    }
+}
+
+/// Does something with storage that may not answer: on a thread of its own, and not waited for longer than
+/// [`STORAGE_LIMIT`].
+pub(crate) fn with_storage<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    let (told, result) = mpsc::channel();
+    let work = move || {
+        // Whoever has waited in vain is gone; what was made for it goes, too.
+        let _ = told.send(work());
+    };
+    thread::Builder::new()
+        .name("disks".into())
+        .spawn(work)
+        .map_err(|error| format!("no thread could be started: {error}"))?;
+    result.recv_timeout(STORAGE_LIMIT).map_err(|_| format!("their storage did not answer within {STORAGE_LIMIT:?}"))
+}
