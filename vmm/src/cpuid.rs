@@ -28,6 +28,8 @@ const FUNCTION_AMD_PERFORMANCE: u32 = 0x8000_0022;
 
 const ECX_VMX: u32 = 1 << 5;
 const ECX_PDCM: u32 = 1 << 15;
+/// "There is a hypervisor": what makes a guest look for KVM's leaves (0x4000_0000 and on). KVM leaves it to the VMM.
+const ECX_HYPERVISOR: u32 = 1 << 31;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const EDX_HTT: u32 = 1 << 28;
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
@@ -110,7 +112,7 @@ fn shape(mut table: Vec<Leaf>, vcpus: u32, tsc_khz: u32) -> Vec<Leaf> {
         match leaf.function {
             FUNCTION_FEATURES => {
                 leaf.ebx = (leaf.ebx & 0x0000_ffff) | vcpus.min(255) << 16;
-                leaf.ecx &= !(ECX_VMX | ECX_PDCM);
+                leaf.ecx = leaf.ecx & !(ECX_VMX | ECX_PDCM) | ECX_HYPERVISOR;
                 leaf.edx = with(leaf.edx, EDX_HTT, vcpus > 1);
             }
             // Cores per package and threads per cache: none shared beyond the last level.
@@ -192,6 +194,12 @@ mod tests {
         assert_eq!(leaf(&table, FUNCTION_AMD_FEATURES, 0).ecx & AMD_ECX_SVM, 0);
         assert_eq!(leaf(&table, FUNCTION_AMD_SVM, 0).eax, 0);
         assert_eq!(leaf(&table, FUNCTION_PERFORMANCE, 0).eax, 0);
+    }
+
+    #[test]
+    fn a_guest_is_told_to_look_for_its_hypervisor() {
+        let bare = vec![plain(FUNCTION_FEATURES)];
+        assert_eq!(leaf(&shape(bare, 1, 2_000_000), FUNCTION_FEATURES, 0).ecx, ECX_HYPERVISOR);
     }
 
     #[test]
