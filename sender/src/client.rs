@@ -30,7 +30,7 @@ pub(crate) fn execute(verb: &ClientVerb, json: bool) -> Result<ExitCode, Failure
         ClientVerb::Announce(control) => {
             simple(control, "announce-self", json!({}), "nothing announced: the machine has no network interface", json)
         }
-        ClientVerb::Powerdown(control) => simple(control, "system_powerdown", json!({}), "the guest was asked", json),
+        ClientVerb::Powerdown(control) => simple(control, "system_powerdown", json!({}), "the guest was asked to power down", json),
         ClientVerb::Quit(control) => simple(control, "quit", json!({}), "the machine is stopped for good", json),
         ClientVerb::Show(args) => show(args, json),
         ClientVerb::Guest(args) => guest(&args.action, json),

@@ -8,6 +8,6 @@ mod vm;
 
 pub(crate) use abi::exact as exact_abi;
 pub(crate) use dirty_log::KvmDirtyLog;
-pub(crate) use ioctls::{internal_error_text, set_tsc_offset, set_xsave, tsc_offset, xsave};
+pub(crate) use ioctls::{internal_error_text, line_is_unmasked, set_tsc_offset, set_xsave, tsc_offset, xsave};
 pub(crate) use kick::{install_kick_handler, kick, receive_kicks};
 pub(crate) use vm::Vm;

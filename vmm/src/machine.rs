@@ -176,9 +176,11 @@ impl Machine {
     /// Presses its power button: asks the guest to switch itself off. Whether and when it does is its own business;
     /// [`Machine::events`] tells. A machine that is paused is asked when it goes on, wherever that is.
     ///
+    /// False if the guest does not listen to the button (it has no driver for it, or none yet): then nothing was pressed.
+    ///
     /// # Errors
     /// If it has ended.
-    pub fn powerdown(&self) -> Result<(), VmmError> {
+    pub fn powerdown(&self) -> Result<bool, VmmError> {
         self.inner.powerdown()
     }
 

@@ -189,11 +189,17 @@ fn take_ownership(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answ
     resume(shared)
 }
 
-fn system_powerdown(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+fn system_powerdown(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
     let NoArguments {} = arguments(command, given)?;
-    Err(QmpError::generic(
-        "this machine has no ACPI power button yet: the guest cannot be asked; power off from inside it, or `quit`",
-    ))
+    let _operation = shared.operation();
+    if !shared.machine_at_rest()?.powerdown().map_err(failed)? {
+        return Err(QmpError::generic(
+            "the guest does not listen to its power button (it has no ACPI driver for it, or is still starting): power off \
+             from inside it, or `quit`",
+        ));
+    }
+    shared.hub.publish("POWERDOWN", Value::Null);
+    Ok(json!({}))
 }
 
 fn system_reset(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {

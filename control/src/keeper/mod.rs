@@ -87,6 +87,8 @@ pub struct Keeper {
     wakes: Receiver<Wake>,
     /// How the process is to end once the running move has.
     pending: Option<End>,
+    /// A signal has made the guest's power button be pressed.
+    asked_to_power_down: bool,
 }
 
 /// For other threads: what a keeper is told from outside. Clones are the same keeper.
@@ -101,7 +103,7 @@ impl Keeper {
         forward_signals(wake.clone())?;
         let shared = Arc::new(Shared::new(name.to_owned(), settings, hub.clone(), wake));
         let server = Server::start(socket, Arc::new(Commands(Arc::clone(&shared))), hub)?;
-        Ok(Keeper { shared, server, wakes, pending: None })
+        Ok(Keeper { shared, server, wakes, pending: None, asked_to_power_down: false })
     }
 
     /// For other threads.
@@ -128,7 +130,7 @@ impl Keeper {
             Wake::Machine(event) => self.machine_event(event),
             Wake::MoveEnded => self.move_ended(),
             Wake::Quit => self.asked_to_end(StopCause::Client),
-            Wake::Signal => self.asked_to_end(StopCause::Signal),
+            Wake::Signal => self.signalled(),
         }
     }
 
@@ -147,9 +149,44 @@ impl Keeper {
         if let Ownership::Moved(uri) = &self.shared.state().ownership {
             return Some(End::Moved(uri.clone()));
         }
-        match self.shared.is_settled() {
-            true => self.pending.take(),
-            false => None,
+        if !self.shared.is_settled() {
+            return None;
+        }
+        match self.pending.take() {
+            // The signal came while the machine was being moved: it is still here, and is asked now.
+            Some(End::Stopped(StopCause::Signal)) => self.power_down_or_end(),
+            end => end,
+        }
+    }
+
+    /// The first signal asks the guest to power down, the second one stops it. A move comes before either: see
+    /// [`Keeper::asked_to_end`].
+    fn signalled(&mut self) -> Option<End> {
+        if self.shared.is_settled() && !self.asked_to_power_down {
+            return self.power_down_or_end();
+        }
+        self.asked_to_end(StopCause::Signal)
+    }
+
+    /// Asks the guest to power down: its end comes as an event. Nobody waits for a guest that does not listen.
+    fn power_down_or_end(&mut self) -> Option<End> {
+        let stopped = Some(End::Stopped(StopCause::Signal));
+        let Ok(machine) = self.shared.machine_at_rest() else { return stopped };
+        match machine.powerdown() {
+            Ok(true) => {
+                self.asked_to_power_down = true;
+                self.shared.hub.publish("POWERDOWN", Value::Null);
+                tracing::warn!("the guest was asked to power down; a second signal stops it");
+                None
+            }
+            Ok(false) => {
+                tracing::warn!("the guest does not listen to its power button: it is stopped, not powered down");
+                stopped
+            }
+            Err(error) => {
+                tracing::warn!("the guest cannot be asked to power down: {}", crate::error_chain(&error));
+                stopped
+            }
         }
     }
 
@@ -188,9 +225,6 @@ impl Keeper {
         }
         let machine = self.shared.state().machine.clone();
         if let Some(machine) = machine {
-            if *end == End::Stopped(StopCause::Signal) {
-                tracing::warn!("the machine has no ACPI power button yet: the guest is stopped, not powered down");
-            }
             machine.stop();
         }
         hub.drain(DRAIN_LIMIT);

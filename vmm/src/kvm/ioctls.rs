@@ -1,13 +1,16 @@
 //! The calls that kvm-ioctls does not wrap, or not safely: each takes care of its own buffers.
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
-    kvm_xsave,
+    KVM_IRQCHIP_IOAPIC, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_clear_dirty_log, kvm_device_attr,
+    kvm_dirty_log, kvm_ioapic_state__bindgen_ty_1, kvm_irqchip, kvm_xsave,
 };
 use kvm_ioctls::{Error, VcpuFd, VmFd};
 use vmm_sys_util::fam::FamStruct;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
+
+/// In an entry of the I/O APIC's redirection table: nothing is delivered.
+const REDIRECTION_MASKED: u64 = 1 << 16;
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
@@ -96,6 +99,17 @@ fn xsave_area(size_bytes: usize) -> Result<Xsave, Error> {
 
 fn extra_words(size_bytes: usize) -> usize {
     size_bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(4)
+}
+
+/// Whether the I/O APIC passes on what arrives on `line`: a guest that uses a device has unmasked the device's line.
+pub(crate) fn line_is_unmasked(vm: &VmFd, line: u32) -> Result<bool, Error> {
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+    vm.get_irqchip(&mut chip)?;
+    // SAFETY: KVM has filled in this variant, as it was asked to, and any bit pattern is a valid value of it.
+    let ioapic = unsafe { chip.chip.ioapic };
+    // SAFETY: the entry as one number: any bit pattern is a valid value of it.
+    let masked = |entry: &kvm_ioapic_state__bindgen_ty_1| unsafe { entry.bits } & REDIRECTION_MASKED != 0;
+    Ok(ioapic.redirtbl.get(line as usize).is_some_and(|entry| !masked(entry)))
 }
 
 /// KVM's words about the internal error (KVM_EXIT_INTERNAL_ERROR) that ended the last KVM_RUN.

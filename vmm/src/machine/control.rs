@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Inner, MachineEvent, MachineStatus};
 use crate::error::{VmmError, chain};
+use crate::kvm::line_is_unmasked;
 use crate::sync::lock;
 use crate::vcpu::Notice;
 
@@ -132,11 +133,15 @@ impl Inner {
         }
     }
 
-    /// Presses the power button.
-    pub(super) fn powerdown(&self) -> Result<(), VmmError> {
+    /// Presses the power button, if the guest listens to it.
+    pub(super) fn powerdown(&self) -> Result<bool, VmmError> {
         lock(&self.life).check_alive()?;
-        self.devices.press_power_button();
-        Ok(())
+        let line = self.identity.layout.event_line;
+        let listens = line_is_unmasked(self.vm.fd(), line).map_err(VmmError::kvm("cannot read the I/O APIC"))?;
+        if listens {
+            self.devices.press_power_button();
+        }
+        Ok(listens)
     }
 
     /// Makes all vCPUs idle. If one is not within `limit`, all of them run on.

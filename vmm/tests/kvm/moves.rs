@@ -31,7 +31,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// Takes `source`, which is paused, into a new machine: rehearsal, memory, state.
-fn take_in(source: &Machine, host: &mut KvmHost) -> IncomingMachine {
+pub(crate) fn take_in(source: &Machine, host: &mut KvmHost) -> IncomingMachine {
     let description = source.describe().unwrap();
     assert_eq!(host.check(&description, &[]).refusals, Vec::new());
     let mut incoming = host.prepare(&description).unwrap();
