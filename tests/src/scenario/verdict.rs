@@ -70,7 +70,7 @@ impl MoveSeen {
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         let limit_ms = self.downtime_ms + self.baseline_gap_ms + GAP_ALLOWANCE_MS;
-        if !(self.client_gap_ms <= limit_ms) {
+        if !is_at_most(self.client_gap_ms, limit_ms) {
             faults.push(format!(
                 "the client's gap of {:.0} ms is longer than {limit_ms:.0} ms ({:.0} downtime, {:.0} without a move, \
                  {GAP_ALLOWANCE_MS:.0} allowed)",
@@ -89,9 +89,9 @@ impl MoveSeen {
             faults.push("nothing announced the machine on the public network".into());
         }
         let ClockChange { change_ms, uncertainty_ms } = self.clock;
-        if !(change_ms.abs() <= CLOCK_LIMIT_MS) {
+        if !is_at_most(change_ms.abs(), CLOCK_LIMIT_MS) {
             faults.push(format!("the guest's clock changed by {change_ms:.1} ms (±{uncertainty_ms:.1} ms)"));
-        } else if !(uncertainty_ms <= CLOCK_LIMIT_MS) {
+        } else if !is_at_most(uncertainty_ms, CLOCK_LIMIT_MS) {
             faults.push(format!("the guest's clock could only be told to ±{uncertainty_ms:.1} ms"));
         }
         if !self.same_boot {
@@ -194,6 +194,11 @@ impl RunSeen {
     }
 }
 
+/// Whether a figure keeps its limit. One that is not a number does not.
+fn is_at_most(figure: f64, limit: f64) -> bool {
+    figure <= limit
+}
+
 fn rounded(ms: f64) -> f64 {
     (ms * 10.0).round() / 10.0
 }
@@ -249,7 +254,8 @@ mod tests {
 
     #[test]
     fn everything_that_is_not_as_required_is_a_fault() {
-        let spoilers: [(&str, fn(&mut RunSeen)); 15] = [
+        type Spoiler = (&'static str, fn(&mut RunSeen));
+        let spoilers: [Spoiler; 15] = [
             ("the client's gap of 1291 ms", |run| run.moves[0].client_gap_ms = 1291.0),
             ("the client's gap of NaN ms", |run| run.moves[0].client_gap_ms = f64::NAN),
             ("connection broke: reset", |run| run.moves[0].tcp_broken = Some("reset".into())),
