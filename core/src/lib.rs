@@ -12,6 +12,7 @@
 //! | [`channel`] | the byte streams that a transport provides |
 //! | [`source`], [`destination`] | the two ends: start a move, steer it, hear how it ended |
 //! | [`phase`] | the phases of a move, in order |
+//! | [`ownership`] | who may run a machine: claims on shared storage, the rules of the handover |
 //! | [`progress`] | what a move says of itself while it runs and when it has ended |
 //! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
@@ -27,6 +28,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod message;
+pub mod ownership;
 pub mod pacer;
 pub mod pending;
 pub mod phase;

@@ -1,0 +1,227 @@
+//! When a machine may be started: at every boot, after every crash, and when a person takes it over.
+//!
+//! ```text
+//!  look ──→ may the newest claim be followed? ──→ claim the next ──→ run
+//!                 │ no        ↑ taken meanwhile         │
+//!                 ↓           └─────────────────────────┘
+//!              refused
+//! ```
+//!
+//! The newest claim may be followed if its epoch was ended cleanly, or if it is this host's and its process is proven
+//! dead, or if a person has said that *this very claim's* owner is dead. Then the next epoch is claimed: whatever was not
+//! seen, or has changed meanwhile, is found out by that and by nothing else.
+
+use super::attempt::{Attempt, RightToRun, Verdict};
+use super::claim::{Claim, Claimant, Epoch, Nonce};
+use super::rules::{Plant, Rules};
+use super::store::{ClaimAnswer, Occupant, Reading, Record};
+
+/// So often may another be quicker before the start is refused: somebody else is starting it too.
+const MAX_RACES: u32 = 8;
+
+/// How a machine is to be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// It has been started before: without any claim to be seen, the storage is not what it should be.
+    Existing,
+    /// It is new: there may be no claim yet.
+    New,
+    /// A person has looked and says that the owner of this epoch is dead.
+    TakeOver(Epoch),
+}
+
+/// Whether the process that made a claim lives. Asked only of processes of this host since its last boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Liveness {
+    /// Its lock file is held.
+    Alive,
+    /// Its lock file is free.
+    Dead,
+    /// There is no telling.
+    Unknown,
+}
+
+/// What a start is told.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// The answer to [`Action::Look`].
+    Seen(Reading),
+    /// The answer to [`Action::Examine`].
+    Examined(Liveness),
+    /// The answer to [`Action::Claim`], in time or late.
+    Claimed(ClaimAnswer),
+    /// Time has passed since [`Action::Wait`].
+    Retry,
+}
+
+/// What a start is to do.
+#[derive(Debug)]
+pub enum Action {
+    /// Look up the newest claim; the answer is [`Input::Seen`].
+    Look,
+    /// Find out whether the process that made this claim lives; the answer is [`Input::Examined`].
+    Examine(Claim),
+    /// Claim; the answer is [`Input::Claimed`].
+    Claim(Claim),
+    /// Start the guest.
+    Run(RightToRun),
+    /// Give [`Input::Retry`] after [`super::RETRY_GAP`].
+    Wait,
+    /// Tell the user that an outcome is unknown and is being found out; why.
+    Report(String),
+    /// The machine may not start.
+    Refuse(Refused),
+}
+
+/// Why a machine may not start.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Refused {
+    /// It has been started before, and yet no claim can be seen.
+    NoClaims,
+    /// It is another host's, or nobody can say whose; with `--take-ownership` a person can decide.
+    Others(Box<Record>),
+    /// A process of this host has it.
+    AliveHere(Box<Record>),
+    /// The claims are another machine's.
+    OtherMachine(Box<Record>),
+    /// The person's word was about an older claim than the newest.
+    Changed(Box<Record>),
+    /// The claim could not be made, and nothing is left in doubt; why.
+    CannotClaim(String),
+    /// Others claim it all the time.
+    Contended,
+    /// No epoch can follow.
+    LastEpoch,
+}
+
+/// One attempt to start a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Start {
+    me: Claimant,
+    nonce: Nonce,
+    mode: Mode,
+    rules: Rules,
+    races: u32,
+    state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum State {
+    /// Looking for the newest claim, known to be this one at least.
+    Looking(Option<Epoch>),
+    Examining(Record),
+    Claiming(Attempt),
+    Over,
+}
+
+impl Start {
+    /// A start, and the first thing to do. The nonce is random.
+    pub fn new(me: Claimant, nonce: Nonce, mode: Mode, rules: Rules) -> (Self, Action) {
+        (Self { me, nonce, mode, rules, races: 0, state: State::Looking(None) }, Action::Look)
+    }
+
+    /// Whether nothing more is to come.
+    pub fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+
+    /// Takes in what has happened.
+    #[must_use]
+    pub fn handle(&mut self, input: Input) -> Vec<Action> {
+        let state = std::mem::replace(&mut self.state, State::Over);
+        let (state, actions) = self.step(state, input);
+        self.state = state;
+        actions
+    }
+
+    fn step(&mut self, state: State, input: Input) -> (State, Vec<Action>) {
+        match (state, input) {
+            (State::Looking(at_least), Input::Seen(Reading::Newest(newest))) => self.seen(at_least, newest),
+            (State::Looking(at_least), Input::Seen(Reading::Unknown(why))) => {
+                (State::Looking(at_least), vec![Action::Report(why), Action::Wait])
+            }
+            (State::Looking(at_least), Input::Retry) => (State::Looking(at_least), vec![Action::Look]),
+
+            (State::Examining(record), Input::Examined(Liveness::Dead)) => self.follow(&record),
+            (State::Examining(record), Input::Examined(Liveness::Alive)) => {
+                refuse(Refused::AliveHere(Box::new(record)))
+            }
+            (State::Examining(record), Input::Examined(Liveness::Unknown)) => refuse(Refused::Others(Box::new(record))),
+
+            (State::Claiming(attempt), Input::Claimed(answer)) => self.claimed(attempt, answer),
+            (State::Claiming(attempt), Input::Retry) => {
+                let claim = attempt.claim().clone();
+                (State::Claiming(attempt), vec![Action::Claim(claim)])
+            }
+
+            (state, _) => (state, Vec::new()),
+        }
+    }
+
+    fn seen(&mut self, at_least: Option<Epoch>, newest: Option<Record>) -> (State, Vec<Action>) {
+        // A listing from before the claim that is known to exist: it is looked for again.
+        if newest.as_ref().map(|record| record.epoch) < at_least {
+            return (State::Looking(at_least), vec![Action::Wait]);
+        }
+        let Some(record) = newest else {
+            return match self.mode {
+                Mode::New => self.claim(Epoch::FIRST),
+                Mode::Existing | Mode::TakeOver(_) => refuse(Refused::NoClaims),
+            };
+        };
+        if self.rules.broken(Plant::StartFromAnyClaim) {
+            return self.follow(&record);
+        }
+        let claim = match &record.occupant {
+            Occupant::Claim(claim) if claim.claimant.machine != self.me.machine => {
+                return refuse(Refused::OtherMachine(Box::new(record)));
+            }
+            Occupant::Claim(claim) => Some(claim),
+            Occupant::Foreign(_) => None,
+        };
+        match (claim, self.mode) {
+            (Some(_), _) if record.free => self.follow(&record),
+            (_, Mode::TakeOver(epoch)) if epoch == record.epoch => self.follow(&record),
+            (_, Mode::TakeOver(_)) => refuse(Refused::Changed(Box::new(record))),
+            (Some(claim), _) if claim.claimant.host != self.me.host => refuse(Refused::Others(Box::new(record))),
+            (Some(claim), _) if claim.claimant.boot_id != self.me.boot_id => self.follow(&record),
+            (Some(claim), _) => {
+                let action = Action::Examine(claim.clone());
+                (State::Examining(record), vec![action])
+            }
+            (None, _) => refuse(Refused::Others(Box::new(record))),
+        }
+    }
+
+    /// The newest claim may be followed.
+    fn follow(&mut self, newest: &Record) -> (State, Vec<Action>) {
+        let Some(next) = newest.epoch.next() else { return refuse(Refused::LastEpoch) };
+        if self.rules.broken(Plant::RunOnOldClaim) {
+            let old = Attempt::new(self.me.claim(newest.epoch, self.nonce), self.rules);
+            return (State::Over, vec![Action::Run(old.taken_for_granted())]);
+        }
+        self.claim(next)
+    }
+
+    fn claim(&mut self, epoch: Epoch) -> (State, Vec<Action>) {
+        let claim = self.me.claim(epoch, self.nonce);
+        (State::Claiming(Attempt::new(claim.clone(), self.rules)), vec![Action::Claim(claim)])
+    }
+
+    fn claimed(&mut self, mut attempt: Attempt, answer: ClaimAnswer) -> (State, Vec<Action>) {
+        match attempt.answer(answer) {
+            Verdict::Won(right) => (State::Over, vec![Action::Run(right)]),
+            Verdict::Taken(_) if self.races == MAX_RACES => refuse(Refused::Contended),
+            Verdict::Taken(_) => {
+                self.races += 1;
+                (State::Looking(Some(attempt.claim().epoch)), vec![Action::Look])
+            }
+            Verdict::NotDone(why) => refuse(Refused::CannotClaim(why)),
+            Verdict::Undecided(why) => (State::Claiming(attempt), vec![Action::Report(why), Action::Wait]),
+        }
+    }
+}
+
+fn refuse(why: Refused) -> (State, Vec<Action>) {
+    (State::Over, vec![Action::Refuse(why)])
+}
