@@ -33,6 +33,15 @@ pub(crate) struct Cli {
     /// A folder from which a kernel may be read again when the guest reboots; may be given several times
     #[arg(long = "boot-dir", value_name = "DIR")]
     boot_dirs: Vec<PathBuf>,
+    /// A folder in which a machine's disks may be opened; may be given several times
+    #[arg(long = "disk-dir", value_name = "DIR")]
+    disk_dirs: Vec<PathBuf>,
+    /// The file to use here for the disk with this id; may be given several times
+    #[arg(long = "map-disk", value_name = "ID=PATH", value_parser = mapping)]
+    map_disks: Vec<(String, String)>,
+    /// Let disks go through this host's page cache, which may be stale
+    #[arg(long)]
+    unsafe_cache: bool,
     /// A tap that a machine may use; may be given several times
     #[arg(long = "allow-tap", value_name = "NAME")]
     allow_taps: Vec<String>,
@@ -61,6 +70,9 @@ impl Cli {
         HostOptions {
             serial: self.serial.clone(),
             boot_file_dirs: self.boot_dirs.clone(),
+            disk_dirs: self.disk_dirs.clone(),
+            map_disks: self.map_disks.iter().map(|(id, path)| (id.clone(), path.into())).collect(),
+            unsafe_cache: self.unsafe_cache,
             allow_taps: self.allow_taps.clone(),
             map_nets: self.map_nets.iter().cloned().collect(),
             no_announce: self.no_announce,
@@ -92,12 +104,16 @@ mod tests {
 
     #[test]
     fn what_a_machine_may_use_is_said_name_by_name() {
-        let given = ["--allow-tap", "tap0", "--allow-tap", "tap1", "--map-net", "lan=tap7", "--no-announce"];
-        let command = ["godwit-receiver", "--listen", "tcp://127.0.0.1:0"].into_iter().chain(given);
+        let nets = ["--allow-tap", "tap0", "--allow-tap", "tap1", "--map-net", "lan=tap7", "--no-announce"];
+        let disks = ["--disk-dir", "/srv/vm", "--disk-dir", "/mnt", "--map-disk", "root=/a=b.img", "--unsafe-cache"];
+        let command = ["godwit-receiver", "--listen", "tcp://127.0.0.1:0"].into_iter().chain(nets).chain(disks);
         let options = Cli::try_parse_from(command).unwrap().host_options();
         assert_eq!(options.allow_taps, ["tap0", "tap1"]);
         assert_eq!(options.map_nets, [("lan".into(), "tap7".into())].into());
         assert!(options.no_announce);
+        assert_eq!(options.disk_dirs, [PathBuf::from("/srv/vm"), "/mnt".into()]);
+        assert_eq!(options.map_disks, [("root".into(), "/a=b.img".into())].into());
+        assert!(options.unsafe_cache);
         for wrong in ["lan", "=tap7", "lan="] {
             assert!(mapping(wrong).is_err(), "{wrong}");
         }

@@ -46,6 +46,9 @@ pub(crate) struct MachineArgs {
     /// Disk: id=NAME,path=FILE[,readonly]; may be given several times
     #[arg(long = "disk", value_name = "DISK", value_parser = disk, help_heading = "Machine")]
     disks: Vec<DiskConfig>,
+    /// Let disks go through the host's page cache, which may be stale after a move
+    #[arg(long, help_heading = "Machine")]
+    unsafe_cache: bool,
     /// Network interface: id=NAME,tap=DEVICE,mac=ADDRESS; may be given several times
     #[arg(long = "net", value_name = "NET", value_parser = net, help_heading = "Machine")]
     nets: Vec<NetConfig>,
@@ -85,6 +88,7 @@ impl MachineArgs {
         set(&mut config.dirty_tracking, &self.dirty_tracking);
         set(&mut config.vcpus, &self.vcpus);
         set(&mut config.serial, &self.serial);
+        config.unsafe_cache |= self.unsafe_cache;
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }

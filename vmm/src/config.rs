@@ -8,7 +8,7 @@ mod tests;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -106,6 +106,16 @@ impl MachineConfig {
             place: place(text, error.span()),
             reason: error.message().to_owned(),
         })
+    }
+
+    /// Makes the paths of disks absolute: they are compared with those of other hosts.
+    pub fn make_disk_paths_absolute(&mut self) -> Result<(), ConfigError> {
+        for disk in &mut self.disks {
+            disk.path = path::absolute(&disk.path).map_err(|error| {
+                invalid("disk", format!("`{}`: {} cannot be made absolute: {error}", disk.id, disk.path.display()))
+            })?;
+        }
+        Ok(())
     }
 
     /// The machine as a file, every default spelled out.

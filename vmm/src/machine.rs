@@ -121,8 +121,10 @@ struct Inner {
 impl Machine {
     /// Builds a machine and starts it, unless told not to.
     pub fn boot(config: &MachineConfig, options: &BootOptions) -> Result<Self, VmmError> {
+        let mut config = config.clone();
+        config.make_disk_paths_absolute()?;
         config.validate()?;
-        let machine = Self::build(config, None, BootFiles::Any)?;
+        let machine = Self::build(&config, None, BootFiles::Any)?;
         machine.inner.load_boot_image()?;
         if !options.start_paused {
             machine.inner.resume()?;

@@ -149,6 +149,15 @@ fn there_is_room_for_so_many_devices_and_no_more() {
     assert!(error.contains("16 disks and network interfaces; a machine has at most 15"), "{error}");
 }
 
+#[test]
+fn paths_of_disks_are_made_absolute() {
+    let disk = |path: &str| DiskConfig { id: "root".into(), path: path.into(), readonly: false };
+    let mut config = MachineConfig { disks: vec![disk("images/root.img"), disk("/srv/a.img")], ..Default::default() };
+    config.make_disk_paths_absolute().unwrap();
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(config.disks, [disk(here.join("images/root.img").to_str().unwrap()), disk("/srv/a.img")]);
+}
+
 proptest! {
     #[test]
     fn a_serial_target_reads_back(kind in 0usize..5, path in "[a-z:/]{1,12}") {
