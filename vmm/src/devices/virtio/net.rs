@@ -36,9 +36,8 @@ use godwit_core::codec;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
-    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueState;
@@ -48,7 +47,7 @@ use self::learn::{AddressBook, SavedBook};
 pub(crate) use self::mac::MacAddress;
 use self::pump::{Engine, Pump};
 use self::receive::Receiver;
-use self::tap::{Tap, TapError};
+use self::tap::{HOST_FEATURES, OFFLOAD_FEATURES, Tap, TapError};
 use self::transmit::Transmitter;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::config::NetConfig;
@@ -66,12 +65,6 @@ const OWN_FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
     | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
     | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-
-/// What a driver can switch on and off while it runs.
-const OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM
-    | 1 << VIRTIO_NET_F_GUEST_TSO4
-    | 1 << VIRTIO_NET_F_GUEST_TSO6
-    | 1 << VIRTIO_NET_F_GUEST_ECN;
 
 /// A network interface of a machine.
 pub(crate) struct Net {
@@ -96,7 +89,7 @@ struct Shared {
     book: Mutex<AddressBook>,
     /// Whether the driver has been asked to announce the guest and has not said yet that it has heard.
     announce_pending: AtomicBool,
-    /// What the driver has accepted of [`OFFLOADS`], and of that what it wants now.
+    /// What the driver has accepted of [`OFFLOAD_FEATURES`], and of that what it wants now.
     offloads: Mutex<Option<u64>>,
     accepted: AtomicU64,
 }
@@ -121,7 +114,7 @@ pub(crate) fn open(config: &NetConfig, needed: u64) -> Result<Arc<Net>, VmmError
         Ok((tap, features))
     };
     let (tap, tap_features) = open().map_err(|error: TapError| failed(chain(&error)))?;
-    let lacking = needed & (OFFLOADS | tap::HOST_FEATURES) & !tap_features;
+    let lacking = needed & (OFFLOAD_FEATURES | HOST_FEATURES) & !tap_features;
     if lacking != 0 {
         let text = format!("tap {} lacks what the guest's driver uses: {}", config.tap, tap::feature_names(lacking));
         return Err(failed(text));
@@ -273,7 +266,7 @@ impl VirtioDevice for Net {
 impl Shared {
     /// The driver has accepted these features, or had when its state was saved.
     fn use_features(&self, features: u64) -> Result<(), VmmError> {
-        let accepted = features & OFFLOADS;
+        let accepted = features & OFFLOAD_FEATURES;
         self.accepted.store(accepted, Ordering::SeqCst);
         let mut offloads = lock(&self.offloads);
         let wanted = offloads.unwrap_or(accepted);

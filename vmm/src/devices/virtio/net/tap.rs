@@ -50,6 +50,12 @@ const GUEST_FEATURES: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN),
 ];
 
+/// All of [`GUEST_FEATURES`].
+pub(super) const OFFLOAD_FEATURES: u64 = bit(VIRTIO_NET_F_GUEST_CSUM)
+    | bit(VIRTIO_NET_F_GUEST_TSO4)
+    | bit(VIRTIO_NET_F_GUEST_TSO6)
+    | bit(VIRTIO_NET_F_GUEST_ECN);
+
 /// Why a tap cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TapError {
@@ -88,13 +94,13 @@ pub(super) struct Tap {
 impl Tap {
     /// Opens a tap that exists. One that does not is for the host's operator to make: only they know what it belongs to.
     pub(super) fn open(name: &str) -> Result<Self, TapError> {
+        let mut request = request(name)?;
         let link = link::find(name)
             .map_err(|error| TapError::Lookup(name.into(), error))?
             .ok_or_else(|| TapError::Missing(name.into()))?;
         check_kind(&link)?;
         let file = open_tun()?;
         let tap = Self { file, name: name.into() };
-        let mut request = request(name)?;
         request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as libc::c_short;
         // SAFETY: the argument is an ifreq, which lives through the call.
         check(unsafe { ioctl_with_ref(&tap.file, TUNSETIFF(), &request) }).map_err(|error| {
@@ -122,10 +128,13 @@ impl Tap {
     /// The virtio-net features that rest on the tap. Leaves it without any in use.
     pub(super) fn features(&self) -> Result<u64, TapError> {
         let mut features = HOST_FEATURES;
+        let mut flags = 0;
+        // In an order in which each needs those before it: segments come with checksums to be filled in.
         for (feature, flag) in GUEST_FEATURES {
-            // Segments only come with checksums to be filled in.
-            let tried = self.set_offload_flags(TUN_F_CSUM | flag);
-            features |= if tried.is_ok() { bit(feature) } else { 0 };
+            if self.set_offload_flags(flags | flag).is_ok() {
+                flags |= flag;
+                features |= bit(feature);
+            }
         }
         self.set_offloads(0)?;
         Ok(features)
@@ -135,8 +144,9 @@ impl Tap {
     pub(super) fn set_offloads(&self, features: u64) -> Result<(), TapError> {
         let accepted = GUEST_FEATURES.iter().filter(|(feature, _)| features & bit(*feature) != 0);
         let flags = accepted.fold(0, |flags, (_, flag)| flags | flag);
-        // The kernel refuses segmentation without checksums, as the driver should have.
+        // The kernel refuses what rests on something else that is off, as the driver should have.
         let flags = if flags & TUN_F_CSUM == 0 { 0 } else { flags };
+        let flags = if flags & (TUN_F_TSO4 | TUN_F_TSO6) == 0 { flags & TUN_F_CSUM } else { flags };
         self.set_offload_flags(flags).map_err(self.failed("set the offloads of"))
     }
 
