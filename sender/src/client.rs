@@ -27,10 +27,10 @@ pub(crate) fn execute(verb: &ClientVerb, json: bool) -> Result<ExitCode, Failure
         }
         ClientVerb::Pause(control) => simple(control, "stop", json!({}), "the guest is paused", json),
         ClientVerb::Resume(args) => resume(args, json),
-        ClientVerb::Announce(control) => {
-            simple(control, "announce-self", json!({}), "nothing announced: the machine has no network interface", json)
+        ClientVerb::Announce(control) => announce(control, json),
+        ClientVerb::Powerdown(control) => {
+            simple(control, "system_powerdown", json!({}), "the guest was asked to power down", json)
         }
-        ClientVerb::Powerdown(control) => simple(control, "system_powerdown", json!({}), "the guest was asked to power down", json),
         ClientVerb::Quit(control) => simple(control, "quit", json!({}), "the machine is stopped for good", json),
         ClientVerb::Show(args) => show(args, json),
         ClientVerb::Guest(args) => guest(&args.action, json),
@@ -42,6 +42,23 @@ pub(crate) fn execute(verb: &ClientVerb, json: bool) -> Result<ExitCode, Failure
 fn simple(control: &ControlArgs, command: &str, arguments: Value, said: &str, json: bool) -> Result<ExitCode, Failure> {
     let answer = Client::connect(&control.path())?.execute(command, arguments)?;
     say(said);
+    if json {
+        out(answer);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has the machine announced, and says what the first round of frames was.
+fn announce(control: &ControlArgs, json: bool) -> Result<ExitCode, Failure> {
+    let answer = Client::connect(&control.path())?.execute("announce-self", json!({}))?;
+    let interfaces = answer["x-godwit-first-round"].as_array().cloned().unwrap_or_default();
+    for interface in &interfaces {
+        let id = interface["id"].as_str().unwrap_or_default();
+        say(format!("{id}: announced, {} frames a round", interface["frames"].as_u64().unwrap_or(0)));
+    }
+    if interfaces.is_empty() {
+        say("nothing announced: the machine has no network interface");
+    }
     if json {
         out(answer);
     }

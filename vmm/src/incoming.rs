@@ -107,6 +107,9 @@ impl DestinationHost for KvmHost {
         })?;
         let boot_files = BootFiles::Under(self.options.boot_file_dirs.clone());
         let machine = Machine::build(&config, Some(Arriving { identity, accepted_features }), boot_files)?;
+        if !self.options.no_announce {
+            machine.announce_at_first_resume();
+        }
         Ok(IncomingMachine { machine, loaded: false })
     }
 }

@@ -11,6 +11,7 @@
 //! Whatever concerns all vCPUs at once (pause, resume, save, load, reset) holds one lock, on whatever thread it is done.
 //! What a vCPU finds out by itself goes as a notice to the machine's own thread.
 
+mod announce;
 mod build;
 mod control;
 mod events;
@@ -28,6 +29,8 @@ use godwit_core::{
     DirtyLog, GuestMemory, Inquiry, LoadContext, MachineDescription, MachineError, Section, SourceMachine,
 };
 
+pub use self::announce::Announced;
+use self::announce::Announcer;
 pub(crate) use self::build::{Arriving, host_tsc_khz};
 use self::events::{Life, Subscribers};
 pub(crate) use self::reset::BootFiles;
@@ -111,6 +114,7 @@ struct Inner {
     devices: Arc<Devices>,
     vcpus: Arc<[Vcpu]>,
     throttle: Throttle,
+    announcer: Announcer,
     life: Arc<Mutex<Life>>,
     subscribers: Subscribers,
     /// Held by whatever concerns all vCPUs at once.
@@ -186,9 +190,23 @@ impl Machine {
         self.inner.powerdown()
     }
 
+    /// Tells its networks where it is, in several rounds: which frames the first of them had, by interface. Neighbours and switches
+    /// that knew it elsewhere find it here from then on.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn announce(&self) -> Result<Vec<Announced>, VmmError> {
+        self.inner.announce()
+    }
+
     /// Stops it for good and waits until its threads have ended. Stopping a stopped machine does nothing.
     pub fn stop(&self) {
         self.inner.stop();
+    }
+
+    /// The machine comes from elsewhere: its networks are to be told when it runs here for the first time.
+    pub(crate) fn announce_at_first_resume(&self) {
+        self.inner.announcer.expect();
     }
 
     /// Loads state into a machine that has not run yet.

@@ -6,6 +6,7 @@ use std::thread;
 
 use kvm_ioctls::{Kvm, VcpuFd};
 
+use super::announce::Announcer;
 use super::events::{Life, Subscribers};
 use super::reset::{BootFiles, PowerOn};
 use super::throttle::Throttle;
@@ -87,6 +88,7 @@ impl Machine {
             devices,
             vcpus,
             throttle,
+            announcer: Announcer::default(),
             life,
             subscribers: Subscribers::default(),
             whole: Mutex::new(()),

@@ -23,6 +23,8 @@ impl Inner {
         }
         lock(&self.life).check_alive()?;
         let until = Instant::now() + limit;
+        // First: nothing may be announced from here on, whatever becomes of the machine.
+        self.announcer.cancel();
         self.halt_vcpus(limit)?;
         if let Err(error) = self.devices.pause(until) {
             self.run_vcpus();
@@ -51,6 +53,7 @@ impl Inner {
         }
         self.devices.resume();
         self.run_vcpus();
+        self.announcer.resumed(self.devices.nets());
         Ok(())
     }
 
@@ -128,6 +131,7 @@ impl Inner {
 
     /// Completes what the devices are at: nothing more will come.
     fn close_devices(&self) {
+        self.announcer.cancel();
         if let Err(error) = self.devices.pause(Instant::now() + OWN_PAUSE_LIMIT) {
             tracing::error!("what the guest wrote last may be lost: {}", chain(&error));
         }
