@@ -121,7 +121,7 @@ impl Image {
     /// Frees a range, whose contents are then anything. Only a hint.
     pub(super) fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
         match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            Err(error) if unsupported(&error) => Ok(()),
             result => result,
         }
     }
@@ -133,7 +133,7 @@ impl Image {
         // NFS can punch holes and not zero ranges; some file systems can do neither.
         for flags in may_free.then_some(punch).into_iter().chain([zero]) {
             match self.allocate(flags, offset, length) {
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                Err(error) if unsupported(&error) => {}
                 result => return result,
             }
         }
@@ -247,6 +247,11 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether the file system cannot do it at all.
+fn unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS))
 }
 
 /// Opens an image as the guest is to use it.

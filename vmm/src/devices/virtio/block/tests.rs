@@ -131,6 +131,19 @@ fn discarded_space_is_given_back_and_zeroes_read_as_zeros() {
     }
 }
 
+#[test]
+fn zeroes_are_written_where_the_file_system_cannot_zero_ranges() {
+    // tmpfs can punch holes and not zero ranges, as NFS.
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return };
+    let rig = Rig::in_folder(folder, MIB, |rig| rig.page_cache = true);
+    rig.run(Op::write(0, &[0xaa; 8192]));
+    rig.run(Op { kind: 13, out: range(1, 14, 0), ..Op::default() });
+    rig.run(Op { kind: 13, out: range(100, 1 << 10, 0), ..Op::default() });
+    let mut expected = [0xaa; 8192];
+    expected[512..7680].fill(0);
+    assert_eq!(rig.run(Op::read(0, 8192)).data, expected);
+}
+
 /// Invariant 3: what a disk read has put into guest memory is in its bitmap, and not before it is there.
 #[test]
 fn invariant_3_what_is_read_marks_guest_memory() {

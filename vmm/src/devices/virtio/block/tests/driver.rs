@@ -128,11 +128,15 @@ impl Rig {
     }
 
     pub(super) fn with(size: usize, set: impl FnOnce(&mut Self)) -> Self {
-        let folder = Rc::new(tempfile::tempdir().unwrap());
+        Self::in_folder(tempfile::tempdir().unwrap(), size, set)
+    }
+
+    pub(super) fn in_folder(folder: tempfile::TempDir, size: usize, set: impl FnOnce(&mut Self)) -> Self {
+        let folder = Rc::new(folder);
         fs::write(folder.path().join("disk"), vec![0; size]).unwrap();
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let (interrupt, line) = interrupt();
-        let block = open(&folder, false, false);
+        let block = open(&folder, false, true);
         let mut rig = Self {
             folder,
             read_only: false,
