@@ -133,12 +133,7 @@ impl Devices {
     /// Closes them: what they are at is completed, input from outside stays outside, and after this no device changes by
     /// itself or touches guest memory. On an error they are open as before.
     pub(crate) fn pause(&self, until: Instant) -> Result<(), VmmError> {
-        for (done, transport) in self.virtio.iter().enumerate() {
-            if let Err(error) = transport.pause(until) {
-                self.virtio[..done].iter().for_each(|transport| transport.resume());
-                return Err(error);
-            }
-        }
+        pause_all(&self.virtio, until)?;
         self.serial.accept_input(false);
         Ok(())
     }
@@ -182,10 +177,21 @@ impl Devices {
     }
 }
 
+/// Closes all of them, or none.
+fn pause_all(transports: &[Arc<MmioTransport>], until: Instant) -> Result<(), VmmError> {
+    for (done, transport) in transports.iter().enumerate() {
+        if let Err(error) = transport.pause(until) {
+            transports[..done].iter().for_each(|transport| transport.resume());
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
 /// The order in which virtio devices have their places: disks, network interfaces, the entropy source.
 fn in_order(disks: &[Arc<Block>], nets: &[Arc<Net>]) -> impl Iterator<Item = Arc<dyn VirtioDevice>> {
-    let disks = disks.iter().map(|disk| -> Arc<dyn VirtioDevice> { disk.clone() });
-    let nets = nets.iter().map(|net| -> Arc<dyn VirtioDevice> { net.clone() });
+    let disks = disks.iter().cloned().map(|disk| disk as Arc<dyn VirtioDevice>);
+    let nets = nets.iter().cloned().map(|net| net as Arc<dyn VirtioDevice>);
     disks.chain(nets).chain([Arc::new(Rng::default()) as _])
 }
 
@@ -204,4 +210,90 @@ fn open_nets(config: &MachineConfig, accepted: &[u64]) -> Result<Vec<Arc<Net>>, 
 /// The section of the virtio device in this place.
 pub(crate) fn virtio_kind(slot: usize) -> String {
     format!("virtio/{slot}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use virtio_queue::QueueState;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::devices::virtio::Activation;
+
+    /// A device without queues that may refuse to be closed.
+    #[derive(Default)]
+    struct Stubborn {
+        refuses: bool,
+        open: AtomicBool,
+    }
+
+    impl VirtioDevice for Stubborn {
+        fn kind(&self) -> u32 {
+            42
+        }
+
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn queue_max_sizes(&self) -> &[u16] {
+            &[]
+        }
+
+        fn read_config(&self, _offset: u64, data: &mut [u8]) {
+            data.fill(0);
+        }
+
+        fn activate(&self, _activation: Activation) -> Result<(), VmmError> {
+            Ok(())
+        }
+
+        fn resume(&self) {
+            self.open.store(true, Ordering::SeqCst);
+        }
+
+        fn pause(&self, _until: Instant) -> Result<(), VmmError> {
+            if self.refuses {
+                return Err(VmmError::Status("its storage does not answer".into()));
+            }
+            self.open.store(false, Ordering::SeqCst);
+            Ok(())
+        }
+
+        fn queues(&self) -> Vec<QueueState> {
+            Vec::new()
+        }
+
+        fn reset(&self) {}
+
+        fn save(&self) -> Result<Vec<u8>, VmmError> {
+            Ok(Vec::new())
+        }
+
+        fn load(&self, _state: &[u8]) -> Result<(), VmmError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn all_devices_are_closed_or_none() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        for refuses in [false, true] {
+            let devices = [false, refuses, false].map(|refuses| Arc::new(Stubborn { refuses, ..Default::default() }));
+            let transports = devices.clone().map(|device| {
+                let transport = MmioTransport::new(device, memory.clone(), eventfd().unwrap()).unwrap();
+                transport.resume();
+                // Its driver: version 1, ready.
+                for (register, value) in [(0x70u64, 3u32), (0x24, 1), (0x20, 1), (0x70, 11), (0x70, 15)] {
+                    transport.write(register, &value.to_le_bytes());
+                }
+                Arc::new(transport)
+            });
+            assert_eq!(pause_all(&transports, Instant::now()).is_err(), refuses);
+            let open = devices.each_ref().map(|device| device.open.load(Ordering::SeqCst));
+            assert_eq!(open, [refuses; 3]);
+        }
+    }
 }
