@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::config::MachineConfig;
 use crate::cpuid::Leaf;
 use crate::devices::layout::DeviceLayout;
+use crate::devices::virtio::net::tap::is_interface_name;
 use crate::error::VmmError;
 use crate::memory::layout;
+use crate::preflight::net::TapPort;
 use crate::state::{self, Counts};
 use crate::vcpu::msr::MAX_MSRS;
 use crate::vcpu::state::StateShape;
@@ -55,13 +57,16 @@ struct Body {
     tsc_khz: u32,
     layout: DeviceLayout,
     accepted_features: Vec<u64>,
+    taps: Vec<TapPort>,
 }
 
-/// Describes a machine whose virtio drivers have accepted these features, by place.
+/// Describes a machine whose virtio drivers have accepted these features, by place, and whose taps are connected like this, by
+/// interface.
 pub(crate) fn describe(
     config: &MachineConfig,
     identity: &Identity,
     accepted_features: Vec<u64>,
+    taps: Vec<TapPort>,
 ) -> Result<MachineDescription, VmmError> {
     let failed = |source| VmmError::Codec { what: "cannot describe the machine", source };
     let body = Body {
@@ -72,6 +77,7 @@ pub(crate) fn describe(
         tsc_khz: identity.tsc_khz,
         layout: identity.layout.clone(),
         accepted_features,
+        taps,
     };
     let body = codec::encode(&body).map_err(failed)?;
     Ok(MachineDescription {
@@ -92,6 +98,8 @@ pub(crate) struct Described {
     pub(crate) identity: Identity,
     /// The features that its virtio drivers have accepted so far, by place.
     pub(crate) accepted_features: Vec<u64>,
+    /// What its taps are connected to, by interface.
+    pub(crate) taps: Vec<TapPort>,
 }
 
 impl Described {
@@ -125,11 +133,19 @@ impl Described {
         if body.accepted_features.len() != body.layout.virtio.len() {
             return Err(format!("features of {} virtio drivers", body.accepted_features.len()));
         }
+        if body.taps.len() != config.nets.len() {
+            return Err(format!("{} taps of {} network interfaces", body.taps.len(), config.nets.len()));
+        }
+        let bridges = body.taps.iter().filter_map(|tap| tap.bridge.as_deref());
+        if bridges.into_iter().any(|name| !is_interface_name(name)) {
+            return Err("a tap is in a bridge whose name cannot be one".into());
+        }
         let shape = StateShape { msrs: body.msrs, xsave_bytes: body.xsave_bytes as usize };
         Ok(Self {
             config,
             identity: Identity { cpuid: body.cpuid, shape, tsc_khz: body.tsc_khz, layout: body.layout },
             accepted_features: body.accepted_features,
+            taps: body.taps,
         })
     }
 }
@@ -148,12 +164,13 @@ mod tests {
             config,
             identity: Identity { cpuid: vec![Vec::new(); 2], shape, tsc_khz: 2_000_000, layout: DeviceLayout::new(1) },
             accepted_features: vec![1 << 32],
+            taps: Vec::new(),
         }
     }
 
     fn description() -> MachineDescription {
         let described = described();
-        describe(&described.config, &described.identity, described.accepted_features).unwrap()
+        describe(&described.config, &described.identity, described.accepted_features, described.taps).unwrap()
     }
 
     #[test]

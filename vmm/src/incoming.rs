@@ -2,6 +2,7 @@
 
 mod facts;
 pub(crate) mod places;
+mod taps;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -86,6 +87,7 @@ impl DestinationHost for KvmHost {
                 refusals.extend(unusable.into_iter().map(|reason| Refusal::new("state", reason)));
                 self.disks = self.check_disks(&machine.config, question);
                 refusals.append(&mut self.disks.refusals);
+                refusals.extend(taps::check(&machine, &self.options));
                 match facts::gather(&machine, &self.options) {
                     Err(mut lacking) => refusals.append(&mut lacking),
                     Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
@@ -97,7 +99,7 @@ impl DestinationHost for KvmHost {
     }
 
     fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
-        let Described { config, identity, accepted_features } =
+        let Described { config, identity, accepted_features, .. } =
             Described::read(description).map_err(MachineError::new)?;
         // The source has seen what it wanted to see.
         self.disks = DiskVerdict::default();

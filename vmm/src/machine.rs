@@ -225,7 +225,8 @@ impl Machine {
 impl SourceMachine for Machine {
     fn describe(&self) -> Result<MachineDescription, MachineError> {
         let accepted = self.inner.devices.accepted_features();
-        Ok(describe(&self.inner.config, &self.inner.identity, accepted)?)
+        let taps = self.inner.devices.nets().iter().map(|net| net.port()).collect();
+        Ok(describe(&self.inner.config, &self.inner.identity, accepted, taps)?)
     }
 
     fn inquire(&self) -> Result<Box<dyn Inquiry>, MachineError> {

@@ -1,5 +1,7 @@
 //! Whether a host can take a machine in: a comparison of what the machine needs and what the host has, free of side effects.
 
+pub(crate) mod net;
+
 use godwit_core::Refusal;
 
 use crate::config::{ByteSize, MemoryBacking};
@@ -132,6 +134,7 @@ mod tests {
             config: MachineConfig { guest: Some(GuestKind::Writer), ..Default::default() },
             identity: Identity { cpuid, shape, tsc_khz: 2_000_000, layout: DeviceLayout::new(1) },
             accepted_features: vec![0],
+            taps: Vec::new(),
         }
     }
 

@@ -22,7 +22,7 @@ pub(crate) fn find(config: &MachineConfig, options: &HostOptions) -> Result<Mach
     for net in &mut here.nets {
         match tap(net, options) {
             Ok(tap) => net.tap = tap,
-            Err(reason) => refusals.push(Refusal::new("net", reason)),
+            Err(reason) => refusals.push(Refusal::new(format!("net {}", net.id), reason)),
         }
     }
     if refusals.is_empty()
@@ -50,7 +50,8 @@ fn disk_path(disk: &DiskConfig, options: &HostOptions) -> Result<PathBuf, String
     ))
 }
 
-fn tap(net: &NetConfig, options: &HostOptions) -> Result<String, String> {
+/// The tap that stands for the source's here, if it may be opened.
+pub(super) fn tap(net: &NetConfig, options: &HostOptions) -> Result<String, String> {
     if let Some(tap) = options.map_nets.get(&net.id) {
         return Ok(tap.clone());
     }
@@ -58,9 +59,7 @@ fn tap(net: &NetConfig, options: &HostOptions) -> Result<String, String> {
     if options.allow_taps.contains(tap) {
         return Ok(tap.clone());
     }
-    Err(format!(
-        "`{id}`: the tap {tap} is none that this host lets a machine use (--allow-tap {tap}, or --map-net {id}=TAP)"
-    ))
+    Err(format!("the tap {tap} is none that this host lets a machine use (--allow-tap {tap}, or --map-net {id}=TAP)"))
 }
 
 #[cfg(test)]

@@ -44,6 +44,7 @@ use virtio_queue::QueueState;
 
 use self::control::{Command, Control};
 use self::learn::{AddressBook, SavedBook};
+use self::link::Port;
 pub(crate) use self::mac::MacAddress;
 use self::pump::{Engine, Pump};
 use self::receive::Receiver;
@@ -52,6 +53,7 @@ use self::transmit::Transmitter;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::config::NetConfig;
 use crate::error::{VmmError, chain};
+use crate::preflight::net::TapPort;
 use crate::sync::lock;
 
 /// Descriptors in the queues for what arrives, for what is sent, and for control.
@@ -138,9 +140,18 @@ impl Net {
         &self.shared.id
     }
 
-    /// The features that its driver has accepted: none before it is ready.
-    pub(crate) fn accepted_features(&self) -> u64 {
-        lock(&self.active).as_ref().map_or(0, |active| active.features)
+    /// What its tap is connected to now.
+    pub(crate) fn port(&self) -> TapPort {
+        let name = self.shared.tap.name();
+        match Port::find(name) {
+            Ok(Some(port)) => TapPort::from(&port),
+            // It does not stop a machine from moving that its tap has been taken away.
+            Ok(None) => TapPort::default(),
+            Err(error) => {
+                tracing::warn!("network interface {}: cannot find out about tap {name}: {error}", self.shared.id);
+                TapPort::default()
+            }
+        }
     }
 
     /// Tells the network that the machine is here, with one round of frames, and returns how many there were. Does nothing while the

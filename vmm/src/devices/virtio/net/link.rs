@@ -43,15 +43,32 @@ impl Link {
     }
 }
 
+/// An interface with the bridge that it is in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Port {
+    pub(crate) link: Link,
+    /// The bridge, or what does a bridge's work.
+    pub(crate) bridge: Option<Link>,
+}
+
+impl Port {
+    /// The interface of this name, if there is one.
+    pub(crate) fn find(name: &str) -> io::Result<Option<Self>> {
+        let Some(link) = find(name)? else { return Ok(None) };
+        let bridge = link.controller.map(by_index).transpose()?.flatten();
+        Ok(Some(Self { link, bridge }))
+    }
+}
+
 /// The interface of this name, if there is one.
-pub(crate) fn find(name: &str) -> io::Result<Option<Link>> {
+pub(super) fn find(name: &str) -> io::Result<Option<Link>> {
     let mut question = LinkMessage::default();
     question.attributes.push(LinkAttribute::IfName(name.to_owned()));
     ask(question)
 }
 
 /// The interface with this number, if there is one.
-pub(crate) fn by_index(index: u32) -> io::Result<Option<Link>> {
+fn by_index(index: u32) -> io::Result<Option<Link>> {
     let mut question = LinkMessage::default();
     question.header.index = index;
     ask(question)

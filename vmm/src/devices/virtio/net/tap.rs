@@ -223,13 +223,18 @@ fn open_tun() -> Result<File, TapError> {
     options.open(TUN_DEVICE).map_err(TapError::NoTun)
 }
 
-/// A request about the interface of this name.
-fn request(name: &str) -> Result<libc::ifreq, TapError> {
+/// Whether an interface can be called that.
+pub(crate) fn is_interface_name(name: &str) -> bool {
     // The kernel would take `%` for a pattern, and make a tap that fits it.
     let is_plain = name.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
+    !name.is_empty() && name.len() < libc::IFNAMSIZ && is_plain
+}
+
+/// A request about the interface of this name.
+fn request(name: &str) -> Result<libc::ifreq, TapError> {
     let mut request =
         libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: 0 } };
-    if name.is_empty() || name.len() >= request.ifr_name.len() || !is_plain {
+    if !is_interface_name(name) {
         return Err(TapError::Name(name.into()));
     }
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {

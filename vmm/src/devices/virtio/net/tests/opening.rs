@@ -1,7 +1,7 @@
 //! Taps that can be opened, and those that cannot.
 
 use super::driver::{Rig, config, every_feature};
-use super::network::{add_tap, enter, ip, open_soon};
+use super::network::{add_tap, bridge, enter, ip, open_soon};
 use super::*;
 
 fn refusal(tap: &str) -> String {
@@ -68,4 +68,25 @@ fn the_configuration_space_is_zero_where_there_is_nothing() {
     let mut far = [0xff; 4];
     rig.net.read_config(u64::MAX, &mut far);
     assert_eq!(far, [0; 4]);
+}
+
+#[test]
+fn what_a_tap_is_connected_to_is_found_out_in_the_threads_own_network() {
+    if !enter() {
+        return;
+    }
+    let outside = bridge(&["tap0"]);
+    add_tap("tap1");
+    ip("link set tap1 mtu 1400 down");
+    let port = Port::find("tap0").unwrap().unwrap();
+    assert_eq!((port.link.up, port.link.carrier, port.link.mtu, port.link.is_tap), (true, false, 1500, true));
+    assert_eq!(port.bridge.as_ref().map(|bridge| (bridge.name.as_str(), bridge.up)), Some(("br0", true)));
+    let net = open_soon("tap0", 0);
+    assert!(Port::find("tap0").unwrap().unwrap().link.carrier, "it is in use now");
+    assert_eq!(net.port(), TapPort { mtu: 1500, bridge: Some("br0".into()) });
+    let alone = Port::find("tap1").unwrap().unwrap();
+    assert_eq!((alone.link.up, alone.link.mtu, alone.bridge), (false, 1400, None));
+    assert_eq!(Port::find("tap2").unwrap(), None);
+    tap::check_host().unwrap();
+    drop(outside);
 }
