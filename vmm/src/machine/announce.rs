@@ -136,3 +136,57 @@ fn round(net: &Net, number: u32) -> Announced {
     tracing::info!("network interface {id}: {frames} frames announce the machine (round {number} of {})", ROUNDS.len());
     Announced { id, frames }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::net::tests::network::{bridge, enter, open_soon};
+
+    /// RARP: all that an interface without a driver says.
+    const RARP: [u8; 2] = [0x80, 0x35];
+
+    #[test]
+    fn a_machine_that_came_in_is_announced_once_in_five_rounds() {
+        if !enter() {
+            return;
+        }
+        let outside = bridge(&["tap0", "tap1"]);
+        let nets = ["tap0", "tap1"].map(|tap| open_soon(tap, 0));
+        let announcer = Announcer::default();
+        // One that was booted here.
+        announcer.resumed(&nets);
+        assert_eq!(outside.receive(Duration::from_millis(50)), None);
+
+        announcer.expect();
+        let start = Instant::now();
+        announcer.resumed(&nets);
+        for round in ROUNDS {
+            for _ in &nets {
+                let frame = outside.receive(Duration::from_secs(5)).expect("a frame of each interface");
+                assert_eq!(frame[12..14], RARP);
+                assert!(start.elapsed() >= round, "not before its time");
+            }
+        }
+        assert_eq!(outside.receive(Duration::from_millis(200)), None);
+        // Paused, and resumed.
+        announcer.cancel();
+        announcer.resumed(&nets);
+        assert_eq!(outside.receive(Duration::from_millis(50)), None);
+    }
+
+    #[test]
+    fn nothing_is_announced_after_a_pause() {
+        if !enter() {
+            return;
+        }
+        let outside = bridge(&["tap0"]);
+        let nets = [open_soon("tap0", 0)];
+        let announcer = Announcer::default();
+        let first_round = announcer.begin(&nets).unwrap();
+        assert_eq!(first_round.recv(), Ok(vec![Announced { id: "net0".into(), frames: 1 }]));
+        announcer.cancel();
+        let seen = std::iter::from_fn(|| outside.receive(Duration::ZERO)).count();
+        assert!(seen < ROUNDS.len(), "{seen}");
+        assert_eq!(outside.receive(Duration::from_secs(1)), None);
+    }
+}

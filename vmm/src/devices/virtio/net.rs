@@ -22,7 +22,7 @@ mod pump;
 mod receive;
 pub(crate) mod tap;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod transmit;
 mod used;
 mod vectored;

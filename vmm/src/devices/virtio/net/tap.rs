@@ -86,7 +86,7 @@ pub(crate) enum TapError {
 }
 
 /// An open tap.
-pub(super) struct Tap {
+pub(crate) struct Tap {
     file: File,
     name: String,
 }

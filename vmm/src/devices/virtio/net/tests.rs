@@ -4,7 +4,7 @@ mod announcing;
 mod driver;
 mod hostile;
 mod moving;
-mod network;
+pub(crate) mod network;
 mod opening;
 mod traffic;
 

@@ -86,7 +86,11 @@ impl Rig {
 
     /// The same guest on another host, its device closed. This rig's device has been paused.
     pub(super) fn moved(&self, tap: &str) -> Self {
-        let net = open_soon(tap, self.features);
+        self.moved_to(open_soon(tap, self.features))
+    }
+
+    /// The same behind an interface that has been opened before.
+    pub(super) fn moved_to(&self, net: Arc<Net>) -> Self {
         let rig = Self {
             laid_out: self.laid_out.clone(),
             available: self.available.clone(),

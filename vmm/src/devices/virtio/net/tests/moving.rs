@@ -117,9 +117,8 @@ fn what_was_flooded_to_the_new_host_before_is_not_delivered() {
         outside.write_frame(&flooded).unwrap();
         assert_eq!(source.receive(LIMIT), Some(flooded));
     }
-    drop(waiting);
     source.net.pause(soon()).unwrap();
-    let moved = source.moved("tap1");
+    let moved = source.moved_to(waiting);
     let after = frame(MAC, OUTSIDE_MAC, 99, 200);
     outside.write_frame(&after).unwrap();
     moved.net.resume();

@@ -9,13 +9,13 @@ use super::*;
 use crate::devices::virtio::net::tap::Tap;
 
 /// The tap that stands for the rest of the network.
-pub(super) const OUTSIDE: &str = "outside";
-pub(super) const OUTSIDE_MAC: MacAddress = MacAddress([0x02, 0, 0, 0, 0, 0x99]);
+pub(crate) const OUTSIDE: &str = "outside";
+pub(crate) const OUTSIDE_MAC: MacAddress = MacAddress([0x02, 0, 0, 0, 0, 0x99]);
 
 /// Puts the calling thread into a network namespace of its own, which goes with the thread and what it has open. False where that
 /// is not possible: the test cannot be run.
 #[must_use]
-pub(super) fn enter() -> bool {
+pub(crate) fn enter() -> bool {
     let possible = nix::unistd::geteuid().is_root() && fs::metadata("/dev/net/tun").is_ok();
     if !possible {
         assert!(std::env::var_os("CI").is_none(), "tests of taps need root and /dev/net/tun, and must be run");
@@ -31,7 +31,7 @@ pub(super) fn enter() -> bool {
 }
 
 /// Opens an interface on this tap. Waits while a program that another test is just starting has a copy of the tap's descriptor.
-pub(super) fn open_soon(tap: &str, needed: u64) -> Arc<Net> {
+pub(crate) fn open_soon(tap: &str, needed: u64) -> Arc<Net> {
     let until = soon();
     loop {
         match open(&driver::config(tap), needed) {
@@ -47,14 +47,14 @@ pub(super) fn open_soon(tap: &str, needed: u64) -> Arc<Net> {
 }
 
 /// Runs `ip` in the thread's namespace.
-pub(super) fn ip(arguments: &str) -> String {
+pub(crate) fn ip(arguments: &str) -> String {
     let output = Command::new("ip").args(arguments.split_whitespace()).output().unwrap();
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
 /// A bridge with taps in it, and the one that stands for the rest of the network.
-pub(super) fn bridge(taps: &[&str]) -> Tap {
+pub(crate) fn bridge(taps: &[&str]) -> Tap {
     ip("link add br0 type bridge forward_delay 0 mcast_snooping 0");
     ip("link set br0 up");
     for tap in taps.iter().chain([&OUTSIDE]) {
@@ -67,7 +67,7 @@ pub(super) fn bridge(taps: &[&str]) -> Tap {
 }
 
 /// Waits until a bridge forwards to and from a tap that has just been opened, if it is in one.
-pub(super) fn wait_until_connected(tap: &str) {
+pub(crate) fn wait_until_connected(tap: &str) {
     let until = soon();
     while ip(&format!("-details link show {tap}")).contains("bridge_slave state disabled") {
         assert!(Instant::now() < until, "{tap} is not connected");
@@ -76,14 +76,14 @@ pub(super) fn wait_until_connected(tap: &str) {
 }
 
 /// A tap that is up, in no bridge.
-pub(super) fn add_tap(name: &str) {
+pub(crate) fn add_tap(name: &str) {
     ip(&format!("tuntap add {name} mode tap vnet_hdr"));
     ip(&format!("link set {name} up"));
 }
 
 impl Tap {
     /// The next frame with its header, if there is one soon.
-    pub(super) fn receive_with_header(&self, limit: Duration) -> Option<Vec<u8>> {
+    pub(crate) fn receive_with_header(&self, limit: Duration) -> Option<Vec<u8>> {
         let until = Instant::now() + limit;
         let mut buffer = vec![0; 128 << 10];
         loop {
@@ -98,12 +98,12 @@ impl Tap {
     }
 
     /// The next frame, if there is one soon.
-    pub(super) fn receive(&self, limit: Duration) -> Option<Vec<u8>> {
+    pub(crate) fn receive(&self, limit: Duration) -> Option<Vec<u8>> {
         Some(self.receive_with_header(limit)?.split_off(tap::HEADER_BYTES))
     }
 
     /// Sends a frame with a header of its own.
-    pub(super) fn send_with_header(&self, frame: &[u8]) {
+    pub(crate) fn send_with_header(&self, frame: &[u8]) {
         assert_eq!(rustix::io::write(self, frame), Ok(frame.len()));
     }
 }
