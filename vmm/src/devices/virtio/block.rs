@@ -257,9 +257,10 @@ impl VirtioDevice for Block {
 
     fn reset(&self) {
         let mut current = lock(&self.pool);
-        let Use::Active { pool, .. } = std::mem::replace(&mut *current, Use::Stuck) else {
+        if !matches!(*current, Use::Active { .. }) {
             return;
-        };
+        }
+        let Use::Active { pool, .. } = std::mem::replace(&mut *current, Use::Stuck) else { return };
         match pool.end(RESET_LIMIT) {
             true => *current = Use::Unused,
             false => tracing::error!(

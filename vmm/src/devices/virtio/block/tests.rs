@@ -42,6 +42,18 @@ fn what_is_written_is_read_back_and_on_the_image() {
 }
 
 #[test]
+fn a_device_that_nobody_used_yet_may_be_reset() {
+    // As every driver does first.
+    let mut rig = Rig::new(MIB);
+    rig.reset_and_activate();
+    for _ in 0..2 {
+        rig.block.reset();
+    }
+    rig.reset_and_activate();
+    rig.run(Op::read(0, 512));
+}
+
+#[test]
 fn requests_that_make_no_sense_are_answered_and_change_nothing() {
     let rig = Rig::new(MIB);
     let end = (MIB / 512) as u64;
