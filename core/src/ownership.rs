@@ -28,6 +28,9 @@ pub mod timed;
 mod attempt;
 mod rules;
 
+#[cfg(test)]
+mod model;
+
 use std::time::Duration;
 
 pub use attempt::RightToRun;

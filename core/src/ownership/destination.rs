@@ -1,10 +1,10 @@
 //! The destination's side of a handover: when it may run the guest, and when it must drop it.
 //!
 //! ```text
-//!            commit              claim won             started
-//!  waiting ──────────→ claiming ───────────→ starting ─────────→ marking ──→ over: it is ours
-//!    │ link lost          │ claim taken
-//!    └────────────────────┴─→ over: dropped
+//!         loaded          commit             claim won             started
+//!  loading ────→ waiting ──────────→ claiming ──────────→ starting ─────────→ marking ──→ over: it is ours
+//!    │ link lost    │ link lost         │ claim taken
+//!    └──────────────┴───────────────────┴─→ over: dropped
 //! ```
 //!
 //! Until it has claimed, it runs nothing, writes no disk and announces nothing. Once told to claim, it stays until it
@@ -18,6 +18,8 @@ use super::store::{ClaimAnswer, MarkAnswer, Occupant};
 /// What the destination is told.
 #[derive(Debug, Clone)]
 pub enum Input {
+    /// Everything has arrived, is what was sent, and has been loaded.
+    Loaded,
     /// *Commit* has arrived: this epoch is to be claimed with this nonce.
     Commit(Epoch, Nonce),
     /// The source is lost, or has called the move off.
@@ -35,6 +37,8 @@ pub enum Input {
 /// What the destination is to do, in this order.
 #[derive(Debug)]
 pub enum Action {
+    /// Tell the source that the machine is ready to run.
+    SendReady,
     /// Claim; the answer is [`Input::Claimed`].
     Claim(Claim),
     /// Let the guest run; the answer is [`Input::Started`].
@@ -58,6 +62,8 @@ pub enum Action {
 pub enum Dropped {
     /// The move ended before *commit*.
     NotCommitted,
+    /// *Commit* was for another epoch than the one after the source's.
+    WrongEpoch(Epoch),
     /// The epoch is another's.
     Taken(Occupant),
     /// The claim could not be made, and nothing is left in doubt; why.
@@ -68,12 +74,14 @@ pub enum Dropped {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DestinationHandover {
     me: Claimant,
+    epoch: Epoch,
     rules: Rules,
     state: State,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum State {
+    Loading,
     Waiting,
     Claiming(Attempt),
     Starting(Epoch),
@@ -82,14 +90,15 @@ enum State {
 }
 
 impl DestinationHandover {
-    /// The machine's state has been loaded, and *ready* is being said.
-    pub fn new(me: Claimant, rules: Rules) -> Self {
-        Self { me, rules, state: State::Waiting }
+    /// A machine is coming in. `epoch` is to be claimed: the one after the source's, whose claim this end has seen itself
+    /// in preflight.
+    pub fn new(me: Claimant, epoch: Epoch, rules: Rules) -> Self {
+        Self { me, epoch, rules, state: State::Loading }
     }
 
     /// Whether the move can still be called off by the source.
     pub fn before_commit(&self) -> bool {
-        self.state == State::Waiting
+        matches!(self.state, State::Loading | State::Waiting)
     }
 
     /// Whether nothing more is to come.
@@ -108,6 +117,14 @@ impl DestinationHandover {
 
     fn step(&self, state: State, input: Input) -> (State, Vec<Action>) {
         match (state, input) {
+            (State::Loading, Input::Loaded) if self.rules.broken(Plant::ClaimBeforeCommit) => {
+                let early = self.me.claim(self.epoch, Nonce(0));
+                (State::Waiting, vec![Action::Claim(early), Action::SendReady])
+            }
+            (State::Loading, Input::Loaded) => (State::Waiting, vec![Action::SendReady]),
+            (State::Waiting, Input::Commit(epoch, _)) if epoch != self.epoch => {
+                (State::Over, vec![Action::Drop(Dropped::WrongEpoch(epoch))])
+            }
             (State::Waiting, Input::Commit(epoch, nonce)) => {
                 let attempt = Attempt::new(self.me.claim(epoch, nonce), self.rules);
                 if self.rules.broken(Plant::RunBeforeClaim) {
@@ -116,7 +133,7 @@ impl DestinationHandover {
                 }
                 self.claim(attempt)
             }
-            (State::Waiting, Input::Lost) => (State::Over, vec![Action::Drop(Dropped::NotCommitted)]),
+            (State::Loading | State::Waiting, Input::Lost) => (State::Over, vec![Action::Drop(Dropped::NotCommitted)]),
 
             (State::Claiming(attempt), Input::Claimed(answer)) => self.claimed(attempt, answer),
             (State::Claiming(attempt), Input::Retry) => self.claim(attempt),

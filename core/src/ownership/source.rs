@@ -6,8 +6,10 @@
 //!    │ commit                                               │
 //!    ↓            destination lost              claim taken │
 //! committed ─────────────────────→ claiming ────────────────┴→ watching
-//!    │ running                        │ running                   │ running, marker, newer epoch
-//!    └────────────────────────────────┴───────────────────────────┴→ over: it has moved
+//!    │ running                        │ running                   │ running, marker
+//!    └────────────────────────────────┴───────────────────────────┼→ over: it has moved
+//!                                                                 │ newer epoch
+//!                                                                 └→ over: started anew elsewhere
 //! ```
 //!
 //! *Commit* ends the right to run in epoch e for good. From then on the only way back is to claim e + 1 before the
@@ -50,8 +52,11 @@ pub enum Action {
     Wait,
     /// Let the guest run again.
     Resume(RightToRun),
-    /// The guest runs elsewhere, or has: end it here.
+    /// The guest runs at the destination, or has: end it here.
     Moved,
+    /// The destination had the epoch, and the machine has since been claimed anew from there, from its disks: by a restart or by
+    /// a person. What is paused here never runs again: end it, and say who has the machine.
+    Superseded(Box<Record>),
     /// Tell the user how things stand.
     Report(Report),
 }
@@ -204,10 +209,11 @@ impl SourceHandover {
 /// The epoch is another's: only a sign that the guest has run there, or that the machine has gone on, ends the wait.
 fn watched(epoch: Epoch, occupant: Occupant, reading: Reading) -> (State, Vec<Action>) {
     let report = match reading {
-        Reading::Newest(Some(Record { epoch: newest, running, free, .. }))
-            if newest > epoch || newest == epoch && (running || free) =>
-        {
+        Reading::Newest(Some(record)) if record.epoch == epoch && (record.running || record.free) => {
             return (State::Over, vec![Action::Moved]);
+        }
+        Reading::Newest(Some(record)) if record.epoch > epoch => {
+            return (State::Over, vec![Action::Superseded(Box::new(record))]);
         }
         Reading::Newest(_) => Report::Taken(occupant.clone()),
         Reading::Unknown(why) => Report::Unreadable(why),
