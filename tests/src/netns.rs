@@ -23,9 +23,10 @@ const NOBODY: &str = "02:00:00:00:00:01";
 
 static SETS_MADE: AtomicU32 = AtomicU32::new(0);
 
-/// A network namespace. Dropping it removes it with its links.
+/// A network namespace. Dropping it removes it with its links, unless it is kept.
 pub struct Namespace {
     name: String,
+    kept: bool,
 }
 
 /// A set of hosts, numbered from 0, every one linked to every other.
@@ -36,9 +37,33 @@ pub struct Hosts {
 impl Namespace {
     fn create(name: String) -> Result<Self> {
         ip(&["netns", "add", &name])?;
-        let namespace = Self { name };
+        // From here on it is removed whatever happens.
+        let namespace = Self { name, kept: false };
         namespace.ip(&["link", "set", "lo", "up"])?;
         Ok(namespace)
+    }
+
+    /// Makes one that stays until [`Namespace::remove`], also after this process.
+    pub fn create_kept(name: &str) -> Result<Self> {
+        ip(&["netns", "add", name])?;
+        let namespace = Self::existing(name.to_owned());
+        namespace.ip(&["link", "set", "lo", "up"])?;
+        Ok(namespace)
+    }
+
+    /// One that was made before, and stays.
+    pub fn existing(name: String) -> Self {
+        Self { name, kept: true }
+    }
+
+    /// Removes it.
+    pub fn remove(&self) -> Result<()> {
+        ip(&["netns", "delete", &self.name])
+    }
+
+    /// Its name for `ip netns`.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Opens it, to be entered.
@@ -77,7 +102,10 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        if let Err(error) = ip(&["netns", "delete", &self.name]) {
+        if self.kept {
+            return;
+        }
+        if let Err(error) = self.remove() {
             eprintln!("namespace {} is left behind: {error:#}", self.name);
         }
     }

@@ -33,8 +33,11 @@ const TOOLS: &[Tool] = &[
         name: "qemu-system-x86_64",
         probe: &["--version"],
         source: Source::Apt("qemu-system-x86"),
-        needed_for: "the test that the workload guest boots elsewhere, comparisons",
+        needed_for: "the lab, the test that the workload guest boots elsewhere, comparisons",
     },
+    Tool { name: "mmdebstrap", probe: &["--version"], source: Source::Apt("mmdebstrap"), needed_for: "the lab" },
+    Tool { name: "mke2fs", probe: &["-V"], source: Source::Apt("e2fsprogs"), needed_for: "the lab" },
+    Tool { name: "unshare", probe: &["--version"], source: Source::Apt("util-linux"), needed_for: "the lab" },
     Tool { name: "cargo-fmt", probe: &["--version"], source: Source::Rustup("rustfmt"), needed_for: ".ci/run" },
     Tool { name: "cargo-clippy", probe: &["--version"], source: Source::Rustup("clippy"), needed_for: ".ci/run" },
     Tool {

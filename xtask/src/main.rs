@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
 mod deps;
+mod lab;
 mod shell;
 mod test;
 mod totals;
@@ -39,6 +40,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Two KVM hosts and a storage host with stock kernels, in virtual machines of their own
+    Lab {
+        #[command(subcommand)]
+        command: lab::Command,
+    },
     /// Checks dependencies against the advisory database (needs the network)
     Audit,
     /// Moves the same guest with QEMU and with Godwit in turn, and shows both
@@ -68,6 +74,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Deps { install } => deps::run(install),
         Command::Test { names } => test::run(&names),
         Command::Demo { json } => demo(json),
+        Command::Lab { command } => lab::run(command),
         Command::Audit => audit(),
         Command::CompareQemu { pairs, json } => {
             deps::require(&["qemu-system-x86_64"])?;
