@@ -16,8 +16,8 @@ use crate::follow::{OnInterrupt, follow};
 use crate::interrupt::Interrupts;
 
 /// Machines have no disks yet, so that there is only this way.
-const OWNERSHIP_NONE: &str = "ownership none (the machine has no disk on shared storage): should the network break \
-                              during the handover, a person decides which host has the machine";
+const OWNERSHIP_NONE: &str = "ownership none (this version keeps no record of owners on shared storage): should the network \
+                              break during the handover, a person decides which host has the machine";
 
 /// Moves the machine, or only looks whether it could be moved.
 pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failure> {

@@ -164,31 +164,28 @@ mod tests {
         assert_eq!((madt[68], word(&madt, 72), word(&madt, 76)), (1, 0xfec0_0000, 0));
     }
 
-    /// ACPICA's own disassembler and compiler, where they are installed (acpica-tools).
+    /// ACPICA's own disassembler and compiler (acpica-tools) read the tables.
     #[test]
     fn acpicas_compiler_has_nothing_to_object_to() {
         let folder = tempfile::tempdir().unwrap();
         let run = |arguments: &[&str]| {
-            let output = Command::new("iasl").args(arguments).current_dir(folder.path()).output()?;
+            let output = Command::new("iasl").args(arguments).current_dir(folder.path()).output();
+            let output = output.expect("iasl is missing: `cargo xtask deps --install` installs it");
             let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
             assert!(output.status.success(), "iasl {arguments:?}: {text}");
-            Ok::<_, std::io::Error>(text)
+            text
         };
-        if run(&["-v"]).is_err() {
-            eprintln!("skipped: iasl is not installed");
-            return;
-        }
         fs::write(folder.path().join("dsdt.aml"), dsdt(&DeviceLayout::new(MAX_VIRTIO_DEVICES))).unwrap();
         let image = image(BASE, 2, &DeviceLayout::new(1));
         let xsdt = table(&image, long(&image, 24), b"XSDT");
         fs::write(folder.path().join("fadt.aml"), table(&image, long(&xsdt, 36), b"FACP")).unwrap();
         fs::write(folder.path().join("madt.aml"), table(&image, long(&xsdt, 44), b"APIC")).unwrap();
         for name in ["dsdt", "fadt", "madt"] {
-            run(&["-d", &format!("{name}.aml")]).unwrap();
+            run(&["-d", &format!("{name}.aml")]);
             let source = fs::read_to_string(folder.path().join(format!("{name}.dsl"))).unwrap();
             assert!(!source.contains("Invalid") && !source.contains("Unknown"), "{source}");
         }
-        let remarks = run(&["-p", "again", "dsdt.dsl"]).unwrap();
+        let remarks = run(&["-p", "again", "dsdt.dsl"]);
         assert!(remarks.contains("0 Errors, 0 Warnings"), "{remarks}");
         let source = fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap();
         for expected in ["LNRO0005", "0xD0000000", "ACPI0013", "Notify (\\_SB.PWRB, 0x80)", "_S5"] {
