@@ -118,7 +118,8 @@ fn holds(name: &str, budget: Budget) {
         checker.max_depth(),
         began.elapsed()
     );
-    assert!(checker.is_done(), "{name}: not all states could be checked in {TIME_LIMIT:?}");
+    // The checker stops at its time limit without a word.
+    assert!(began.elapsed() < TIME_LIMIT, "{name}: not all states could be checked in {TIME_LIMIT:?}");
     checker.assert_properties();
 }
 

@@ -225,3 +225,122 @@ impl Start {
 fn refuse(why: Refused) -> (State, Vec<Action>) {
     (State::Over, vec![Action::Refuse(why)])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claimant(host: &str, boot_id: &str, instance: &str) -> Claimant {
+        let name = |text: &str| text.parse().unwrap();
+        Claimant { machine: name("m"), host: name(host), boot_id: name(boot_id), instance: name(instance) }
+    }
+
+    fn me() -> Claimant {
+        claimant("here", "boot2", "me")
+    }
+
+    fn epoch(n: u64) -> Epoch {
+        Epoch::new(n).unwrap()
+    }
+
+    fn claim_of(claimant: Claimant, n: u64) -> Record {
+        let occupant = Occupant::Claim(claimant.claim(epoch(n), Nonce(7)));
+        Record { epoch: epoch(n), occupant, since: None, running: false, free: false }
+    }
+
+    /// What comes of a start that sees this.
+    fn start(mode: Mode, newest: Option<Record>) -> (Start, Action) {
+        let (mut start, first) = Start::new(me(), Nonce(1), mode, Rules::default());
+        assert!(matches!(first, Action::Look));
+        let mut actions = start.handle(Input::Seen(Reading::Newest(newest)));
+        assert_eq!(actions.len(), 1);
+        (start, actions.remove(0))
+    }
+
+    fn claims(action: &Action, n: u64) -> bool {
+        matches!(action, Action::Claim(claim) if *claim == me().claim(epoch(n), Nonce(1)))
+    }
+
+    #[test]
+    fn a_free_machine_is_claimed_by_anybody() {
+        let free = Record { free: true, ..claim_of(claimant("there", "boot1", "other"), 4) };
+        assert!(claims(&start(Mode::Existing, Some(free)).1, 5));
+    }
+
+    #[test]
+    fn another_host_s_machine_is_refused_until_a_person_has_looked_at_this_very_claim() {
+        let theirs = claim_of(claimant("there", "boot1", "other"), 4);
+        let refused = |mode| match start(mode, Some(theirs.clone())).1 {
+            Action::Refuse(why) => why,
+            action => panic!("{action:?}"),
+        };
+        assert_eq!(refused(Mode::Existing), Refused::Others(Box::new(theirs.clone())));
+        assert_eq!(refused(Mode::New), Refused::Others(Box::new(theirs.clone())));
+        assert_eq!(refused(Mode::TakeOver(epoch(3))), Refused::Changed(Box::new(theirs.clone())));
+        assert!(claims(&start(Mode::TakeOver(epoch(4)), Some(theirs.clone())).1, 5));
+    }
+
+    #[test]
+    fn a_boot_of_this_host_ends_its_claims_and_nothing_less_than_a_free_lock_does_within_one() {
+        assert!(claims(&start(Mode::Existing, Some(claim_of(claimant("here", "boot1", "old"), 4))).1, 5));
+        let same_boot = claim_of(claimant("here", "boot2", "old"), 4);
+        for (liveness, may) in [(Liveness::Dead, true), (Liveness::Alive, false), (Liveness::Unknown, false)] {
+            let (mut start, action) = start(Mode::Existing, Some(same_boot.clone()));
+            assert!(matches!(action, Action::Examine(_)), "{action:?}");
+            let actions = start.handle(Input::Examined(liveness));
+            assert_eq!(claims(&actions[0], 5), may, "{actions:?}");
+            assert_eq!(matches!(actions[0], Action::Refuse(_)), !may, "{actions:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_directory_is_a_new_machine_s_alone() {
+        assert!(claims(&start(Mode::New, None).1, 1));
+        assert!(matches!(start(Mode::Existing, None).1, Action::Refuse(Refused::NoClaims)));
+        assert!(matches!(start(Mode::TakeOver(epoch(1)), None).1, Action::Refuse(Refused::NoClaims)));
+    }
+
+    #[test]
+    fn another_machine_s_claims_and_foreign_entries_are_refused() {
+        let mut stranger = claimant("here", "boot1", "old");
+        stranger.machine = "other".parse().unwrap();
+        let record = Record { free: true, ..claim_of(stranger, 4) };
+        assert!(matches!(start(Mode::Existing, Some(record)).1, Action::Refuse(Refused::OtherMachine(_))));
+        // Free or not: whoever made it did not follow the rules.
+        let foreign = Record { occupant: Occupant::Foreign("x".into()), free: true, ..claim_of(me(), 4) };
+        assert!(matches!(start(Mode::Existing, Some(foreign)).1, Action::Refuse(Refused::Others(_))));
+    }
+
+    #[test]
+    fn what_was_taken_meanwhile_is_looked_at_again_until_it_is_seen() {
+        let (mut start, _) = start(Mode::Existing, Some(claim_of(claimant("here", "boot1", "old"), 4)));
+        let theirs = claim_of(claimant("there", "boot1", "other"), 5);
+        let actions = start.handle(Input::Claimed(ClaimAnswer::Exists(theirs.occupant.clone())));
+        assert!(matches!(actions[..], [Action::Look]), "{actions:?}");
+        let stale = claim_of(claimant("here", "boot1", "old"), 4);
+        let actions = start.handle(Input::Seen(Reading::Newest(Some(stale))));
+        assert!(matches!(actions[..], [Action::Wait]), "a listing that is known to be stale: {actions:?}");
+        assert!(matches!(start.handle(Input::Retry)[..], [Action::Look]));
+        let actions = start.handle(Input::Seen(Reading::Newest(Some(theirs.clone()))));
+        assert!(matches!(&actions[..], [Action::Refuse(Refused::Others(record))] if **record == theirs));
+    }
+
+    #[test]
+    fn nothing_runs_while_a_claim_is_in_doubt() {
+        let (mut start, _) = start(Mode::Existing, Some(claim_of(claimant("here", "boot1", "old"), 4)));
+        for answer in [ClaimAnswer::Unknown("slow".into()), ClaimAnswer::Failed("full".into())] {
+            let actions = start.handle(Input::Claimed(answer));
+            assert!(matches!(actions[..], [Action::Report(_), Action::Wait]), "{actions:?}");
+        }
+        assert!(claims(&start.handle(Input::Retry)[0], 5), "the same claim, with the same nonce");
+        let ours = ClaimAnswer::Exists(Occupant::Claim(me().claim(epoch(5), Nonce(1))));
+        let actions = start.handle(Input::Claimed(ours));
+        assert!(matches!(&actions[..], [Action::Run(right)] if right.epoch() == epoch(5)), "{actions:?}");
+    }
+
+    #[test]
+    fn no_epoch_follows_the_last() {
+        let last = claim_of(claimant("here", "boot1", "old"), u64::MAX);
+        assert!(matches!(start(Mode::Existing, Some(last)).1, Action::Refuse(Refused::LastEpoch)));
+    }
+}
