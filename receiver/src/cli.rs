@@ -78,7 +78,6 @@ impl Cli {
             no_announce: self.no_announce,
             mask_cpu_features: self.test_without_cpu.clone(),
             pretend_tsc_khz: self.test_tsc_khz,
-            ..Default::default()
         }
     }
 }
