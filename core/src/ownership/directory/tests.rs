@@ -189,40 +189,46 @@ fn probed_in_namespace(script: &str) -> bool {
     true
 }
 
-/// This test binary, asked to run one of the probes below in a directory.
-fn probe(name: &str) -> String {
+/// This test binary, asked to run the test `name` once more, as the part of it that is run in the directory CLAIMS.
+fn again(name: &str) -> String {
     let exe = std::env::current_exe().unwrap();
-    format!("{} --exact --ignored --nocapture ownership::directory::tests::{name}", exe.display())
+    format!("{} --exact --nocapture ownership::directory::tests::{name}", exe.display())
+}
+
+/// Runs `script`. Only root can be expected to be able to.
+fn run_in_namespace(script: &str) {
+    // SAFETY: a call without arguments in memory.
+    let root = unsafe { libc::geteuid() } == 0;
+    assert!(probed_in_namespace(script) || !root, "mounts cannot be made here");
 }
 
 #[test]
 fn a_full_disk_does_nothing_and_says_so() {
+    if let Some(directory) = std::env::var_os("CLAIMS") {
+        return assert_takes_no_entries(&DirectoryStore::new(directory));
+    }
     let directory = tempfile::tempdir().unwrap();
     let dir = directory.path().display();
-    let script = format!(
+    run_in_namespace(&format!(
         "mount -t tmpfs -o size=8k,nr_inodes=4 tmpfs {dir}; touch {dir}/a {dir}/b {dir}/c; CLAIMS={dir} {}",
-        probe("probe_full")
-    );
-    if !probed_in_namespace(&script) {
-        eprintln!("skipped: mounts cannot be made here");
-    }
+        again("a_full_disk_does_nothing_and_says_so")
+    ));
 }
 
 #[test]
 fn a_read_only_file_system_does_nothing_and_says_so() {
+    if let Some(directory) = std::env::var_os("CLAIMS") {
+        return assert_takes_no_entries(&DirectoryStore::new(directory));
+    }
     let directory = tempfile::tempdir().unwrap();
     let dir = directory.path().display();
-    let script = format!("mount -t tmpfs -o ro tmpfs {dir}; CLAIMS={dir} {}", probe("probe_full"));
-    if !probed_in_namespace(&script) {
-        eprintln!("skipped: mounts cannot be made here");
-    }
+    run_in_namespace(&format!(
+        "mount -t tmpfs -o ro tmpfs {dir}; CLAIMS={dir} {}",
+        again("a_read_only_file_system_does_nothing_and_says_so")
+    ));
 }
 
-#[test]
-#[ignore = "run by another test, on a file system that takes no entries"]
-fn probe_full() {
-    let Some(directory) = std::env::var_os("CLAIMS") else { return };
-    let store = DirectoryStore::new(directory);
+fn assert_takes_no_entries(store: &DirectoryStore) {
     let answer = store.claim(&claimant("a").claim(epoch(1), Nonce(1)));
     assert!(matches!(answer, ClaimAnswer::Failed(_)), "{answer:?}");
     assert!(matches!(store.mark(epoch(1), Marker::Running), MarkAnswer::Unknown(_)));
@@ -230,6 +236,9 @@ fn probe_full() {
 
 #[test]
 fn an_unreadable_directory_is_unknown_to_look_at() {
+    if let Some(directory) = std::env::var_os("CLAIMS") {
+        return assert_closed(&DirectoryStore::new(directory));
+    }
     // Root reads everything: it becomes another user for this.
     let directory = tempfile::Builder::new().prefix("claims").tempdir_in("/tmp").unwrap();
     let store = DirectoryStore::new(directory.path());
@@ -242,24 +251,13 @@ fn an_unreadable_directory_is_unknown_to_look_at() {
     // SAFETY: a call without arguments in memory.
     let root = unsafe { libc::geteuid() } == 0;
     if root {
-        let script = format!(
+        run_in_namespace(&format!(
             "CLAIMS={} setpriv --reuid 65534 --regid 65534 --clear-groups {}",
             closed.display(),
-            probe("probe_closed")
-        );
-        if !probed_in_namespace(&script) {
-            eprintln!("skipped: this user cannot become another");
-        }
+            again("an_unreadable_directory_is_unknown_to_look_at")
+        ));
     } else {
         assert_closed(&DirectoryStore::new(&closed));
-    }
-}
-
-#[test]
-#[ignore = "run by another test, as a user who may not look into the directory"]
-fn probe_closed() {
-    if let Some(directory) = std::env::var_os("CLAIMS") {
-        assert_closed(&DirectoryStore::new(directory));
     }
 }
 
