@@ -4,6 +4,10 @@
 //! passed, as measured with the two hosts' clocks and their offset, and never a negative one: guest time goes on, and never
 //! backwards. TSCs travel as one reading (vCPU 0's) and each vCPU's distance to it, so that they stay as synchronous as
 //! they were.
+//!
+//! Where the host's own TSC is unstable (it is not the host's clock source, as on emulated processors), KVM stops a guest's TSC
+//! whenever the vCPU leaves the guest, lets it catch up when it enters again, and changes the offset at every ioctl to do so.
+//! Offsets say nothing about distances then.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,6 +40,8 @@ pub(crate) struct TscReading {
     tsc: u64,
     read_at_ns: u64,
     offset: u64,
+    /// Whether the offset stays as it is while the vCPU does not run.
+    steady: bool,
 }
 
 impl TscReading {
@@ -44,8 +50,9 @@ impl TscReading {
         let before = realtime_ns();
         let tsc = msr::read(vcpu, &[msr::TSC])?.iter().map(|msr| msr.data).sum();
         let after = realtime_ns();
-        let offset = tsc_offset(vcpu).map_err(VmmError::kvm("cannot read the TSC offset"))?;
-        Ok(Self { tsc, read_at_ns: before + after.saturating_sub(before) / 2, offset })
+        let offset = read_offset(vcpu)?;
+        let steady = read_offset(vcpu)? == offset;
+        Ok(Self { tsc, read_at_ns: before + after.saturating_sub(before) / 2, offset, steady })
     }
 }
 
@@ -57,13 +64,14 @@ impl ClockState {
         let clock = vm.get_clock().map_err(VmmError::kvm("cannot read KVM's clock"))?;
         let after = realtime_ns();
         let exact = clock.flags & KVM_CLOCK_REALTIME != 0;
+        let (reading, tsc_distances) = together(first, tscs);
         Ok(Self {
             kvmclock_ns: clock.clock,
             kvmclock_read_at_ns: if exact { clock.realtime } else { before + after.saturating_sub(before) / 2 },
-            tsc: first.tsc,
-            tsc_read_at_ns: first.read_at_ns,
+            tsc: reading.tsc,
+            tsc_read_at_ns: reading.read_at_ns,
             tsc_khz,
-            tsc_distances: tscs.iter().map(|reading| reading.offset.wrapping_sub(first.offset)).collect(),
+            tsc_distances,
         })
     }
 
@@ -114,9 +122,28 @@ impl ClockState {
 /// Sets a vCPU's TSC offset. False: KVM takes it and ignores it (guests without hardware virtualisation read the host's own
 /// TSC).
 pub(crate) fn load_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<bool, VmmError> {
+    let before = read_offset(vcpu)?;
     set_tsc_offset(vcpu, offset).map_err(VmmError::kvm("cannot set the TSC offset"))?;
-    let set = tsc_offset(vcpu).map_err(VmmError::kvm("cannot read the TSC offset"))?;
-    Ok(set == offset)
+    Ok(has_been_set(before, offset, read_offset(vcpu)?))
+}
+
+fn read_offset(vcpu: &VcpuFd) -> Result<u64, VmmError> {
+    tsc_offset(vcpu).map_err(VmmError::kvm("cannot read the TSC offset"))
+}
+
+/// Whether KVM has taken the offset `asked`, from those read before and after. One that is ignored stays what it was; on a
+/// host with an unstable TSC it has moved on a little by the time it is read.
+fn has_been_set(before: u64, asked: u64, after: u64) -> bool {
+    after == asked || after != before
+}
+
+/// The reading that stands for all vCPUs, and each one's distance to it. Where TSCs stop while a vCPU does not run,
+/// the one that ran last has the most right value, and once they run again they all have caught up to it.
+fn together<'a>(first: &'a TscReading, all: &'a [TscReading]) -> (&'a TscReading, Vec<u64>) {
+    if all.iter().all(|reading| reading.steady) {
+        return (first, all.iter().map(|reading| reading.offset.wrapping_sub(first.offset)).collect());
+    }
+    (all.iter().max_by_key(|reading| reading.tsc).unwrap_or(first), vec![0; all.len()])
 }
 
 /// This host's CLOCK_REALTIME.
@@ -157,7 +184,7 @@ mod tests {
     fn a_tsc_advances_by_the_time_that_has_really_passed() {
         // 5 ms have passed; this host's clock is 1 s ahead.
         let state = saved(1_000_000, 10_000_000_000, vec![0, 7]);
-        let now = TscReading { tsc: 500, read_at_ns: 11_005_000_000, offset: 100 };
+        let now = TscReading { tsc: 500, read_at_ns: 11_005_000_000, offset: 100, steady: true };
         let offsets = state.tsc_offsets(&now, 1_000_000_000);
         // What the host's own counter stood at when ours was read.
         let host = now.tsc - now.offset;
@@ -168,9 +195,27 @@ mod tests {
     #[test]
     fn a_tsc_that_cannot_be_set_must_not_go_back() {
         let state = saved(1_000_000, 0, vec![0]);
-        let reading = |tsc| TscReading { tsc, read_at_ns: 0, offset: 0 };
+        let reading = |tsc| TscReading { tsc, read_at_ns: 0, offset: 0, steady: true };
         assert!(state.accept_host_tsc(&reading(1_000_000)).is_ok());
         assert!(state.accept_host_tsc(&reading(999_999)).unwrap_err().contains("go back"));
+    }
+
+    #[test]
+    fn an_offset_that_moves_by_itself_has_been_set_all_the_same() {
+        assert!(has_been_set(0, 100, 100));
+        assert!(!has_been_set(0, 100, 0), "ignored");
+        assert!(has_been_set(0, 0, 0), "nothing to change");
+        assert!(has_been_set(7_000_000, 100_000, 99_900), "an unstable TSC");
+    }
+
+    #[test]
+    fn distances_are_kept_unless_tscs_stop_by_themselves() {
+        let reading = |tsc, offset, steady| TscReading { tsc, read_at_ns: tsc, offset, steady };
+        let synchronous = [reading(1000, 50, true), reading(1010, 57, true)];
+        assert_eq!(together(&synchronous[0], &synchronous), (&synchronous[0], vec![0, 7]));
+        // The first vCPU has been idle for long.
+        let stopped = [reading(1000, 50, false), reading(9000, 8047, false)];
+        assert_eq!(together(&stopped[0], &stopped), (&stopped[1], vec![0, 0]));
     }
 
     proptest! {
@@ -179,7 +224,7 @@ mod tests {
             tsc in 0..u64::MAX / 4, then in 0..u64::MAX / 4, now_ns in 0..u64::MAX / 4, host in 0..u64::MAX / 4, offset: u64,
             clock_offset: i64
         ) {
-            let now = TscReading { tsc: host.wrapping_add(offset), read_at_ns: now_ns, offset };
+            let now = TscReading { tsc: host.wrapping_add(offset), read_at_ns: now_ns, offset, steady: true };
             let offsets = saved(tsc, then, vec![0]).tsc_offsets(&now, clock_offset);
             prop_assert!(host.wrapping_add(offsets[0]) >= tsc);
         }
@@ -188,7 +233,7 @@ mod tests {
         fn no_reading_overflows(state_ns: u64, tsc: u64, now: u64, clock_offset: i64, distance: u64, khz: u32) {
             let mut state = saved(tsc, state_ns, vec![0, distance]);
             state.tsc_khz = khz;
-            state.tsc_offsets(&TscReading { tsc: now, read_at_ns: now, offset: tsc }, clock_offset);
+            state.tsc_offsets(&TscReading { tsc: now, read_at_ns: now, offset: tsc, steady: true }, clock_offset);
         }
     }
 }
