@@ -28,10 +28,13 @@ pub struct Boot<'a> {
     pub programs: &'a Path,
     /// Where logs and the hosts' settings lie.
     pub run: &'a Path,
+    /// What all hosts take for the rate of their time-stamp counters.
+    pub tsc_khz: u64,
 }
 
-/// The kernel's command line. Mitigations cost much and protect nothing where every instruction is emulated.
-const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 net.ifnames=0 mitigations=off panic=1";
+/// The kernel's command line. Mitigations cost much and protect nothing where every instruction is emulated; the kernel finds the
+/// time-stamp counter unstable after a while, and would measure its rate anew until then.
+const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 net.ifnames=0 mitigations=off panic=1 tsc=unstable";
 
 /// Starts `host`, with its NICs in the namespace `switch`. It outlives us if `kept`.
 pub fn start(
@@ -83,7 +86,7 @@ fn qemu(host: &HostPlan, boot: &Boot<'_>, disk: Option<&Path>) -> Command {
         .args(["-name", host.name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm"])
         .args(["-smp", &host.cpus.to_string(), "-m", &format!("{}M", host.memory_mib)])
-        .args(["-append", COMMAND_LINE, "-device", "virtio-rng-pci"])
+        .args(["-append", &format!("{COMMAND_LINE} tsc_early_khz={}", boot.tsc_khz), "-device", "virtio-rng-pci"])
         .arg("-kernel")
         .arg(boot.kernel)
         .arg("-initrd")

@@ -9,6 +9,7 @@
 //! | [`layout`] | hosts, networks and addresses |
 //! | [`tree`], [`image`] | Debian trees and the guest's disk, kept between runs |
 //! | [`cpio`], [`initramfs`] | what the hosts boot with |
+//! | [`tsc`] | the rate of the hosts' time-stamp counters |
 //! | [`network`], [`machine`] | bridges and clients; the hosts' processes |
 //! | [`remote`] | commands on the hosts |
 //! | [`state`] | what has to be removed, by whoever comes next if need be |
@@ -42,6 +43,7 @@ pub mod network;
 pub mod remote;
 pub mod state;
 pub mod tree;
+pub mod tsc;
 
 /// What the hosts have beside Debian's essential packages: servers, and what one looks around with.
 const PACKAGES: [&str; 17] = [
@@ -193,7 +195,14 @@ impl Lab {
         self.write_settings(options.nfs)?;
         let disk = self.make_disk(image, programs)?;
 
-        let boot = Boot { kernel: &kernel.image, initramfs: &initramfs, tree, programs, run: &self.run };
+        let boot = Boot {
+            kernel: &kernel.image,
+            initramfs: &initramfs,
+            tree,
+            programs,
+            run: &self.run,
+            tsc_khz: tsc::khz(),
+        };
         for plan in &HOSTS {
             let disk = (plan.role == "storage").then_some(disk.as_path());
             let process = machine::start(plan, &boot, disk, &self.wires.switch, options.kept)?;
