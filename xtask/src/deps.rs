@@ -38,6 +38,7 @@ const TOOLS: &[Tool] = &[
     Tool { name: "mmdebstrap", probe: &["--version"], source: Source::Apt("mmdebstrap"), needed_for: "the lab" },
     Tool { name: "iasl", probe: &["-v"], source: Source::Apt("acpica-tools"), needed_for: "tests of the ACPI tables" },
     Tool { name: "mke2fs", probe: &["-V"], source: Source::Apt("e2fsprogs"), needed_for: "the lab" },
+    Tool { name: "strip", probe: &["--version"], source: Source::Apt("binutils"), needed_for: "the lab" },
     Tool { name: "unshare", probe: &["--version"], source: Source::Apt("util-linux"), needed_for: "the lab" },
     Tool { name: "cargo-fmt", probe: &["--version"], source: Source::Rustup("rustfmt"), needed_for: ".ci/run" },
     Tool { name: "cargo-clippy", probe: &["--version"], source: Source::Rustup("clippy"), needed_for: ".ci/run" },

@@ -8,7 +8,7 @@ use clap::Subcommand;
 
 use crate::{deps, shell};
 
-const TOOLS: [&str; 5] = ["qemu-system-x86_64", "mmdebstrap", "ip", "mke2fs", "unshare"];
+const TOOLS: [&str; 6] = ["qemu-system-x86_64", "mmdebstrap", "ip", "mke2fs", "unshare", "strip"];
 
 /// What the lab's program is asked for.
 #[derive(Subcommand)]

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::programs::GUEST_PROGRAM;
 use super::tree::Recipe;
 
 const PACKAGES: [&str; 9] =
@@ -16,8 +17,7 @@ const CUSTOMIZE: &str = include_str!("files/guest-customize.sh");
 /// The disk's size as mke2fs takes it. It is sparse.
 const DISK_SIZE: &str = "1G";
 
-/// The program of ours that works in the guest, and where it lies there.
-const GUEST_PROGRAM: &str = "lab-guest";
+/// Where the program of ours that works in the guest lies there.
 const GUEST_PROGRAM_PATH: &str = "/usr/local/bin/lab-guest";
 
 /// Debian's kernels that the guest can have.
@@ -47,19 +47,15 @@ impl Image {
         Ok(Self { directory: recipe.kept(lab, pack)? })
     }
 
-    /// Copies disk, kernel and initrd into `directory`, and the program of `programs` that works in the guest, if it
-    /// is built, into the copy of the disk.
+    /// Copies disk, kernel and initrd into `directory`, and the program of `programs` that works in the guest into the
+    /// copy of the disk.
     pub fn copy_to(&self, directory: &Path, programs: &Path) -> Result<()> {
         fs::create_dir_all(directory)?;
         let mut copy = Command::new("cp");
         copy.args(["--sparse=always", "--reflink=auto"]);
         copy.args(["disk.img", "vmlinuz", "initrd.img"].map(|name| self.directory.join(name))).arg(directory);
         succeed(&mut copy)?;
-        let program = programs.join(GUEST_PROGRAM);
-        if program.is_file() {
-            put(&directory.join("disk.img"), &program, GUEST_PROGRAM_PATH)?;
-        }
-        Ok(())
+        put(&directory.join("disk.img"), &programs.join(GUEST_PROGRAM), GUEST_PROGRAM_PATH)
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`layout`] | hosts, networks and addresses |
 //! | [`tree`], [`image`] | Debian trees and the guest's disk, kept between runs |
 //! | [`cpio`], [`initramfs`] | what the hosts boot with |
+//! | [`programs`] | Godwit's programs as the hosts get them |
 //! | [`tsc`] | the rate of the hosts' time-stamp counters |
 //! | [`network`], [`machine`] | bridges and clients; the hosts' processes |
 //! | [`remote`] | commands on the hosts |
@@ -40,6 +41,7 @@ pub mod initramfs;
 pub mod layout;
 pub mod machine;
 pub mod network;
+pub mod programs;
 pub mod remote;
 pub mod state;
 pub mod tree;
@@ -193,13 +195,15 @@ impl Lab {
         let initramfs = self.run.join("initramfs");
         fs::write(&initramfs, initramfs::build(tree, &kernel)?).context("cannot write the initramfs")?;
         self.write_settings(options.nfs)?;
-        let disk = self.make_disk(image, programs)?;
+        let own_programs = self.run.join("bin");
+        programs::copy(programs, &own_programs)?;
+        let disk = self.make_disk(image, &own_programs)?;
 
         let boot = Boot {
             kernel: &kernel.image,
             initramfs: &initramfs,
             tree,
-            programs,
+            programs: &own_programs,
             run: &self.run,
             tsc_khz: tsc::khz(),
         };
