@@ -5,6 +5,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use rustix::net::sockopt;
+use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use socket2::{Domain, Socket, Type};
 
 use super::window::{LARGEST_BYTES, LEAST_AHEAD_BYTES, LEAST_UNACKNOWLEDGED_BYTES};
@@ -17,7 +19,8 @@ const STRANGER_WINDOW_BYTES: u32 = 16 << 10;
 /// would exceed the 64 KiB of a UDP send and fail.
 const LARGEST_DATAGRAM_BYTES: u16 = 6500;
 
-/// The UDP receive buffer asked for. The kernel silently grants less if its limits are lower.
+/// The UDP receive buffer asked for. The default limit of the kernel (net.core.rmem_max, 208 KiB) holds a burst of a few
+/// milliseconds: a receiver that is held up for longer loses packets, and the sender takes that for a crowded network.
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 
 /// The UDP send buffer asked for. It bounds what waits in this host's own queues, where a full one holds the sender
@@ -68,8 +71,29 @@ pub(super) fn endpoint() -> EndpointConfig {
 /// A UDP socket with large buffers.
 pub(super) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
-    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
-    socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
+    // Whoever administers networks may exceed the kernel's limits; for others it silently grants what they allow.
+    if sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
+        socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    }
+    if sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER_BYTES).is_err() {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
+    }
     socket.bind(&address.into())?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::SockRef;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_has_the_receive_buffer_asked_for_where_that_is_allowed() {
+        let socket = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let granted = SockRef::from(&socket).recv_buffer_size().unwrap();
+        let free = set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER_BYTES).is_ok();
+        // The kernel tells twice what was asked for: its own bookkeeping counts, too.
+        assert!(!free || granted >= 2 * RECEIVE_BUFFER_BYTES, "{granted}");
+    }
 }
