@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustix::net::sockopt;
-use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use socket2::{Domain, Socket, Type};
 
 use super::window::{LARGEST_BYTES, LEAST_AHEAD_BYTES, LEAST_UNACKNOWLEDGED_BYTES};
@@ -92,7 +91,7 @@ mod tests {
     fn a_socket_has_the_receive_buffer_asked_for_where_that_is_allowed() {
         let socket = bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let granted = SockRef::from(&socket).recv_buffer_size().unwrap();
-        let free = set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER_BYTES).is_ok();
+        let free = sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER_BYTES).is_ok();
         // The kernel tells twice what was asked for: its own bookkeeping counts, too.
         assert!(!free || granted >= 2 * RECEIVE_BUFFER_BYTES, "{granted}");
     }
