@@ -14,8 +14,11 @@
 //! | [`klog`] | warnings in a kernel log, compared with a control's |
 //! | [`image`] | a disk image checked after power-off |
 //! | [`verdict`] | all of this judged |
+//! | [`stage`] | the machine on the lab's hosts: who keeps it, and its moves |
+//! | [`run`], [`cases`] | the scenario, and what must not happen |
 
 pub mod announce;
+pub mod cases;
 pub mod counting;
 pub mod gap;
 pub mod guest;
@@ -26,4 +29,6 @@ pub mod ping;
 pub mod place;
 pub mod record;
 pub mod records;
+pub mod run;
+pub mod stage;
 pub mod verdict;

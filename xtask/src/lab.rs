@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Command as Process, ExitCode};
 
 use anyhow::{Context, Result};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use crate::{deps, shell};
 
@@ -31,26 +31,64 @@ pub(crate) enum Command {
     Down,
 }
 
-/// Runs the lab's program.
-pub(crate) fn run(command: Command) -> Result<ExitCode> {
+/// What is played if nothing else is asked for.
+#[derive(Args)]
+pub(crate) struct Scenario {
+    /// One JSON object as the last line of stdout
+    #[arg(long)]
+    json: bool,
+    /// Plays the cases of refused and failed moves, too
+    #[arg(long)]
+    cases: bool,
+    /// The version of NFS by which the KVM hosts mount: 3 or 4.2
+    #[arg(long)]
+    nfs: Option<String>,
+    /// The kernel of the guest: cloud or generic
+    #[arg(long)]
+    guest_kernel: Option<String>,
+}
+
+/// Runs the lab's program: the scenario, if nothing else is asked for.
+pub(crate) fn run(scenario: Scenario, command: Option<Command>) -> Result<ExitCode> {
+    let Some(command) = command else {
+        prepare()?;
+        return start(scenario.options());
+    };
     match command {
         Command::Up { options } => {
-            deps::require(&TOOLS)?;
-            build()?;
-            start("up", &options)
+            prepare()?;
+            start(after("up", options))
         }
-        Command::Exec { words } => start("exec", &words),
-        Command::Down => start("down", &[]),
+        Command::Exec { words } => start(after("exec", words)),
+        Command::Down => start(after("down", Vec::new())),
     }
 }
 
+impl Scenario {
+    fn options(self) -> Vec<String> {
+        let flags = [("--json", self.json), ("--cases", self.cases)];
+        let flags = flags.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag.to_owned());
+        let values = [("--nfs", self.nfs), ("--guest-kernel", self.guest_kernel)];
+        flags.chain(values.into_iter().filter_map(|(name, value)| Some(format!("{name}={}", value?)))).collect()
+    }
+}
+
+fn after(action: &str, words: Vec<String>) -> Vec<String> {
+    [vec![action.to_owned()], words].concat()
+}
+
+fn prepare() -> Result<()> {
+    deps::require(&TOOLS)?;
+    build()
+}
+
 /// Work with a lab that is up waits for no build.
-fn start(action: &str, words: &[String]) -> Result<ExitCode> {
+fn start(words: Vec<String>) -> Result<ExitCode> {
     let program = program()?;
     if !program.is_file() {
         build()?;
     }
-    shell::exit_code(Process::new(program).arg(action).args(words))
+    shell::exit_code(Process::new(program).args(words))
 }
 
 fn build() -> Result<()> {

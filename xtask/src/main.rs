@@ -40,10 +40,14 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Two KVM hosts and a storage host with stock kernels, in virtual machines of their own
+    /// Moves a stock Linux machine between two KVM hosts that share NFS, in virtual machines of their own, and shows what
+    /// its clients saw
+    #[command(args_conflicts_with_subcommands = true)]
     Lab {
+        #[command(flatten)]
+        scenario: lab::Scenario,
         #[command(subcommand)]
-        command: lab::Command,
+        command: Option<lab::Command>,
     },
     /// Checks dependencies against the advisory database (needs the network)
     Audit,
@@ -74,7 +78,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Deps { install } => deps::run(install),
         Command::Test { names } => test::run(&names),
         Command::Demo { json } => demo(json),
-        Command::Lab { command } => lab::run(command),
+        Command::Lab { scenario, command } => lab::run(scenario, command),
         Command::Audit => audit(),
         Command::CompareQemu { pairs, json } => {
             deps::require(&["qemu-system-x86_64"])?;

@@ -1,35 +1,64 @@
-//! `cargo xtask lab up | exec | down`: the lab's hosts, to work with by hand.
+//! `cargo xtask lab`: the scenario, from bringing the lab up to taking it down. `lab up | exec | down`: its hosts, to work
+//! with by hand.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use std::{process, thread};
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use godwit_tests::lab::image::GuestKernel;
 use godwit_tests::lab::layout::NfsVersion;
 use godwit_tests::lab::remote::quoted;
+use godwit_tests::lab::state::State;
 use godwit_tests::lab::{Lab, Options, client_command};
+use godwit_tests::scenario::run::{play, step};
+
+/// After this the lab is taken down whatever happens. The trees may have to be built first.
+const HARD_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Two KVM hosts and a storage host in virtual machines, with networks and clients.
 #[derive(Parser)]
-#[command(bin_name = "cargo xtask lab")]
+#[command(bin_name = "cargo xtask lab", args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(flatten)]
+    scenario: Scenario,
     #[command(subcommand)]
-    command: Action,
+    command: Option<Action>,
+}
+
+/// What is played if nothing else is asked for.
+#[derive(Args)]
+struct Scenario {
+    /// One JSON object as the last line of stdout
+    #[arg(long)]
+    json: bool,
+    /// Plays the cases of refused and failed moves, too
+    #[arg(long)]
+    cases: bool,
+    #[command(flatten)]
+    kind: Kind,
+}
+
+/// What kind of lab.
+#[derive(Args)]
+struct Kind {
+    /// The version of NFS by which the KVM hosts mount
+    #[arg(long, value_enum, default_value = "4.2")]
+    nfs: NfsVersion,
+    /// The kernel of the guest fw1
+    #[arg(long, value_enum, default_value = "cloud")]
+    guest_kernel: GuestKernel,
 }
 
 #[derive(Subcommand)]
 enum Action {
     /// Brings the hosts up and leaves them running
     Up {
-        /// The version of NFS by which the KVM hosts mount
-        #[arg(long, value_enum, default_value = "4.2")]
-        nfs: NfsVersion,
-        /// The kernel of the guest fw1
-        #[arg(long, value_enum, default_value = "cloud")]
-        guest_kernel: GuestKernel,
+        #[command(flatten)]
+        kind: Kind,
     },
     /// Runs a command on a host and ends as it does
     Exec {
@@ -47,7 +76,7 @@ enum Action {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
+    match run(Arguments::parse()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -56,14 +85,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(action: Action) -> Result<ExitCode> {
+fn run(arguments: Arguments) -> Result<ExitCode> {
     if !nix::unistd::geteuid().is_root() {
         bail!("the lab needs root, for network namespaces of its own: sudo env \"PATH=$PATH\" cargo xtask lab ...");
     }
     let programs = programs()?;
     let target = programs.parent().context("this program lies in no target directory")?;
+    let Some(action) = arguments.command else { return scenario(target, &programs, &arguments.scenario) };
     match action {
-        Action::Up { nfs, guest_kernel } => up(target, &programs, Options { nfs, guest_kernel, kept: true }),
+        Action::Up { kind } => up(target, &programs, kind.options(true)),
         Action::Exec { host, terminal, command } => exec(&Lab::existing(target)?, &host, terminal, &command),
         Action::Down => {
             let was = if Lab::remove(target)? { "the lab is down" } else { "no lab was up" };
@@ -71,6 +101,41 @@ fn run(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+impl Kind {
+    fn options(&self, kept: bool) -> Options {
+        Options { nfs: self.nfs, guest_kernel: self.guest_kernel, kept }
+    }
+}
+
+/// Brings a lab up, plays the scenario in it and takes it down.
+fn scenario(target: &Path, programs: &Path, wanted: &Scenario) -> Result<ExitCode> {
+    let start = Instant::now();
+    take_down_at_limit(target.join("lab/run"));
+    step("the hosts come up");
+    let lab = Lab::up(target, programs, wanted.kind.options(false))?;
+    let played = play(&lab, wanted.cases);
+    lab.down()?;
+    let seen = played?;
+    eprint!("{}", seen.table());
+    eprintln!("the lab is down again after {:.0} s", start.elapsed().as_secs_f64());
+    if wanted.json {
+        println!("{}", seen.json());
+    }
+    Ok(if seen.faults().is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Every wait has a limit of its own; this is for what nobody has thought of.
+fn take_down_at_limit(run: PathBuf) {
+    thread::spawn(move || {
+        thread::sleep(HARD_LIMIT);
+        eprintln!("error: not done after {HARD_LIMIT:?}");
+        if let Some(Err(error)) = State::load(&run).ok().flatten().map(|state| state.remove(&run)) {
+            eprintln!("the lab is left behind: {error:#}; `cargo xtask lab down` removes it");
+        }
+        process::exit(1)
+    });
 }
 
 fn up(target: &Path, programs: &Path, options: Options) -> Result<ExitCode> {
