@@ -79,16 +79,16 @@ impl State {
 }
 
 impl Recorded {
-    /// Records a process that runs.
+    /// Records a process that was started, and not waited for: it may have ended already.
     pub fn new(name: impl Into<String>, pid: u32) -> Result<Self> {
         let pid = i32::try_from(pid)?;
-        let start_ticks = start_ticks(pid).with_context(|| format!("process {pid} has gone at once"))?;
+        let Started { start_ticks, .. } = Started::read(pid).with_context(|| format!("there is no process {pid}"))?;
         Ok(Self { name: name.into(), pid, start_ticks })
     }
 
     /// Whether it runs, and is not merely unwaited for.
     pub fn is_running(&self) -> bool {
-        start_ticks(self.pid) == Some(self.start_ticks)
+        Started::read(self.pid).is_some_and(|now| !now.ended && now.start_ticks == self.start_ticks)
     }
 
     fn kill(&self) {
@@ -105,13 +105,21 @@ fn reap(pid: i32) {
     thread::spawn(move || nix::sys::wait::waitpid(Pid::from_raw(pid), None));
 }
 
-/// When a process was started, if it runs.
-fn start_ticks(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may hold anything; the state follows, and the start is 19 fields after it.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?;
-    (state != "Z").then(|| fields.nth(18)?.parse().ok())?
+/// What /proc tells of a process.
+struct Started {
+    start_ticks: u64,
+    /// It is only waited for.
+    ended: bool,
+}
+
+impl Started {
+    fn read(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, in parentheses, may hold anything; the state follows, and the start is 19 fields after it.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let ended = fields.next()? == "Z";
+        Some(Self { start_ticks: fields.nth(18)?.parse().ok()?, ended })
+    }
 }
 
 fn remove_directory(path: &Path) -> Result<()> {
@@ -140,6 +148,15 @@ mod tests {
         wait::until_true("it is gone", END_LIMIT, || Ok(!recorded.is_running())).unwrap();
         // Whichever of the two waits comes first.
         let _ = child.wait();
+    }
+
+    #[test]
+    fn a_process_that_ends_at_once_is_recorded_as_one_that_has_ended() {
+        let mut child = Command::new("true").spawn().unwrap();
+        let ended = || Started::read(child.id() as i32).is_some_and(|now| now.ended);
+        wait::until_true("it ends", END_LIMIT, || Ok(ended())).unwrap();
+        assert!(!Recorded::new("brief", child.id()).unwrap().is_running());
+        child.wait().unwrap();
     }
 
     #[test]
