@@ -223,9 +223,8 @@ impl<'a> HostClocks<'a> {
 /// from then on.
 fn read_on(lab: &Lab, host: &Host) -> Result<u64> {
     // The guest has written its file long ago; where it lies it writes down within half a minute.
-    let list = format!("debugfs -R 'blocks /var/lib/lab/contents' {DISK} 2>/dev/null | grep .");
-    let storage = lab.host("storage")?;
-    let blocks = storage.wait_for("the guest's file on its disk", &list, PROGRESS_LIMIT)?;
+    let list = format!("until debugfs -R 'blocks /var/lib/lab/contents' {DISK} 2>/dev/null | grep .; do sleep 1; done");
+    let blocks = lab.host("storage")?.run_within(&list, PROGRESS_LIMIT).context("the guest's file on its disk")?.stdout;
     let blocks: Vec<u64> = blocks.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     let (Some(first), Some(last)) = (blocks.iter().min(), blocks.iter().max()) else { bail!("the file has no blocks") };
     let count = last - first + 1;

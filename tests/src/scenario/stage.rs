@@ -94,8 +94,8 @@ impl Keeper {
         let mut keeper = Self { host: host.clone(), remote };
         keeper.wait_for_control()?;
         // The shell on its serial port is the last thing that it starts.
-        let prompt = format!("grep -q root@fw1 {CONSOLE}");
-        keeper.host.wait_for("fw1 boots", &prompt, BOOT_LIMIT).with_context(|| keeper.describe())?;
+        let prompt = format!("until grep -q root@fw1 {CONSOLE}; do sleep 1; done");
+        keeper.host.run_within(&prompt, BOOT_LIMIT).context("fw1 boots").with_context(|| keeper.describe())?;
         wait::until("the program in fw1 answers", PROCESS_LIMIT, || Ok(guest(lab).ok())).map(drop)?;
         Ok(keeper)
     }
