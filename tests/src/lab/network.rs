@@ -61,7 +61,8 @@ impl Wires {
 
     fn add_tap(&self, tap: &str, network: Network) -> Result<()> {
         self.switch.ip(&["tuntap", "add", tap, "mode", "tap", "vnet_hdr"])?;
-        self.switch.ip(&["link", "set", tap, "addrgenmode", "none", "master", network.name(), "up"])
+        let mtu = network.mtu().to_string();
+        self.switch.ip(&["link", "set", tap, "mtu", &mtu, "addrgenmode", "none", "master", network.name(), "up"])
     }
 
     fn add_client(&self, client: &Namespace, network: Network) -> Result<()> {

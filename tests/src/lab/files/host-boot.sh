@@ -3,7 +3,7 @@
 # /run/lab/ready, or /run/lab/failed.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 settings=/opt/godwit/host
-# NAME, ROLE, NFS_VERSION, NICS (lines of "LINK-LAYER-ADDRESS NAME ADDRESS BRIDGE"), TAPS ("NAME BRIDGE").
+# NAME, ROLE, NFS_VERSION, NICS (lines of "LINK-LAYER-ADDRESS NAME MTU ADDRESS BRIDGE"), TAPS ("NAME BRIDGE").
 . "$settings/settings"
 
 main() {
@@ -34,9 +34,9 @@ network() {
     ip link set lo up
     # A bridge, or a host's own link, answers ARP only for the addresses it has.
     sysctl -q net.ipv4.conf.all.arp_ignore=1
-    echo "$NICS" | while read -r mac nic address bridge; do
+    echo "$NICS" | while read -r mac nic mtu address bridge; do
         device=$(ip -o link | grep -F "$mac" | cut -d' ' -f2 | tr -d ':')
-        ip link set "$device" name "$nic"
+        ip link set "$device" name "$nic" mtu "$mtu"
         if [ "$bridge" != - ]; then
             # No spanning tree and no delay, so that a tap forwards at once.
             ip link add "$bridge" type bridge stp_state 0 forward_delay 0 mcast_snooping 0
