@@ -129,7 +129,7 @@ fn unsafe_cache(source: &Host, destination: &Host) -> Result<()> {
     let mut machine = source.spawn(
         "cached",
         &format!(
-            "godwit-sender run --name cached --paused --memory 64M --kernel {}/vmlinuz --disk id=root,path={disk} --unsafe-cache",
+            "godwit-sender run --name cached --paused --memory 128M --kernel {}/vmlinuz --disk id=root,path={disk} --unsafe-cache",
             stage::DIRECTORY
         ),
     )?;
