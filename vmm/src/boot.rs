@@ -36,6 +36,9 @@ pub(crate) fn load(config: &MachineConfig, devices: &DeviceLayout, memory: &Gues
     memory
         .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
         .map_err(VmmError::memory("the ACPI tables do not fit into memory"))?;
+    memory
+        .write_slice(&layout::BIOS, GuestAddress(layout::BIOS_ENTRY))
+        .map_err(VmmError::memory("the way to reboot does not fit into memory"))?;
     Ok(entry)
 }
 

@@ -21,6 +21,11 @@ pub(super) const PAGE_TABLES: u64 = 0x9000;
 pub(super) const CMDLINE: u64 = 0x2_0000;
 /// The ACPI tables, the RSDP first: in the area below 1 MiB that a guest searches if it is not told.
 pub(super) const ACPI_TABLES: u64 = 0xe_0000;
+/// Where a PC's first instruction lies as real mode sees it (ffff:0000). Linux jumps there to reboot a machine with hardware-reduced
+/// ACPI and no EFI (`efi_reboot_required` and BOOT_BIOS in arch/x86/kernel/reboot.c): the reset register is not asked.
+pub(super) const BIOS_ENTRY: u64 = 0xf_fff0;
+/// All the BIOS that there is: `mov al, 0xfe; out 0x64, al` pulses the reset line of the keyboard controller; then `hlt`, for ever.
+pub(super) const BIOS: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 /// End of the memory below 1 MiB that a guest may use.
 const LOW_USABLE_END: u64 = 0x9_fc00;
 /// Where memory for kernels begins: 1 MiB.
