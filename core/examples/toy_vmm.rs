@@ -259,7 +259,7 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let (mut data, options) = (listener.incoming_data(), DestinationOptions::default());
         match receive(control, &mut data, &mut ToyHost, &options, Arc::new(Silent)) {
             DestinationOutcome::Owned { machine, .. } => Ok(machine),
-            DestinationOutcome::Ended(why) => Err(Box::from(why)),
+            DestinationOutcome::Ended(why) | DestinationOutcome::Dropped(why) => Err(Box::from(why)),
         }
     });
 

@@ -51,6 +51,15 @@ pub struct Hello {
     pub host: String,
 }
 
+/// Where a machine's claims are, and the source's own: whoever finds the same claim in the same place sees the same store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedClaims {
+    /// The claim directory, as the source names it.
+    pub directory: String,
+    /// The text of the source's claim.
+    pub claim: String,
+}
+
 /// What a destination is asked to judge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreflightRequest {
@@ -58,6 +67,8 @@ pub struct PreflightRequest {
     pub machine: MachineDescription,
     /// What the source's VMM asks the destination's ([`crate::machine::Inquiry`]).
     pub question: Vec<u8>,
+    /// The claims by which ownership passes; none: by *commit* alone.
+    pub claims: Option<SharedClaims>,
     /// Data channels to come.
     pub channels: u16,
     /// Nothing will follow.

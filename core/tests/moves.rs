@@ -61,7 +61,7 @@ impl Destination {
     fn owned(self) -> (ToyMachine, bool) {
         match self.taken_in.join().unwrap() {
             DestinationOutcome::Owned { machine, running, .. } => (machine, running),
-            DestinationOutcome::Ended(why) => panic!("not owned: {why}"),
+            DestinationOutcome::Ended(why) | DestinationOutcome::Dropped(why) => panic!("not owned: {why}"),
         }
     }
 
@@ -69,6 +69,7 @@ impl Destination {
         match self.taken_in.join().unwrap() {
             DestinationOutcome::Owned { .. } => panic!("owned by the destination"),
             DestinationOutcome::Ended(why) => why,
+            DestinationOutcome::Dropped(why) => panic!("lost: {why}"),
         }
     }
 }

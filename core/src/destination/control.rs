@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Until *commit* has arrived this end owns nothing: whatever goes wrong, it drops what it has. Once it has arrived the
-//! machine is this end's, whatever becomes of the link.
+//! machine is this end's, whatever becomes of the link; where there are claims, only once it has claimed it, and nothing but the
+//! store ends that attempt ([`crate::ownership::destination`]).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -13,7 +14,12 @@ use std::time::Duration;
 use super::DestinationOptions;
 use crate::channel::SessionToken;
 use crate::machine::{LoadContext, MachineDescription, Section, Verdict};
-use crate::message::{Commit, Hello, Message, PreflightRequest, PrepareRequest, Prepared, TimedStep, VERSION};
+use crate::message::{
+    Commit, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep, VERSION,
+};
+use crate::ownership::destination::{self as rules, DestinationHandover, Dropped};
+use crate::ownership::store::ClaimAnswer;
+use crate::ownership::{Claim, Epoch, Nonce, RightToRun};
 use crate::source::MAX_CHANNELS;
 
 /// What the driver tells.
@@ -38,6 +44,10 @@ pub enum Input {
     ChannelFailed(String),
     /// State was loaded, or not.
     Loaded(Result<Vec<TimedStep>, String>),
+    /// What became of the claim.
+    Claimed(ClaimAnswer),
+    /// Time has passed since [`Action::Wait`].
+    Retry,
     /// The machine runs, or not.
     Started(Result<Vec<TimedStep>, String>),
 }
@@ -47,8 +57,8 @@ pub enum Input {
 pub enum Action {
     /// Send a message.
     Send(Message),
-    /// Judge the machine, and answer what the source asks.
-    Check(MachineDescription, Vec<u8>),
+    /// Judge the machine, answer what the source asks, and look for its claims.
+    Check(MachineDescription, Vec<u8>, Option<SharedClaims>),
     /// Build it and load the rehearsal.
     Build {
         /// As it was agreed on.
@@ -65,18 +75,30 @@ pub enum Action {
     Round(u32),
     /// Load the state.
     Load(Vec<Section>, LoadContext),
+    /// Claim it.
+    Claim(Claim),
+    /// Give [`Input::Retry`] after [`crate::ownership::RETRY_GAP`].
+    Wait,
+    /// Tell the user that the claim is undecided; why.
+    Say(String),
     /// Let it run, or not.
     Start {
         /// Whether its vCPUs are to run.
         run: bool,
     },
+    /// Say in the store that the guest has run.
+    MarkRunning(Epoch),
     /// This end owns the machine.
     Own {
         /// Whether its vCPUs run.
         running: bool,
+        /// The right to run it, and the nonce of the claim that won it.
+        right: Option<(RightToRun, Nonce)>,
     },
     /// It has come to nothing; why. Drop whatever there is.
     GiveUp(String),
+    /// The same after *commit*: the claim was lost.
+    Lose(String),
 }
 
 enum State {
@@ -88,7 +110,8 @@ enum State {
     Receiving(Receiving),
     Loading,
     Ready,
-    Starting { run: bool },
+    Claiming { run: bool, nonce: Nonce },
+    Starting { run: bool, right: Option<(RightToRun, Nonce)> },
     Over,
 }
 
@@ -109,13 +132,26 @@ pub struct DestinationControl {
     channels: u16,
     verify: bool,
     peer: String,
+    /// The rules by which ownership passes, if the machine has claims.
+    handover: Option<DestinationHandover>,
     actions: VecDeque<Action>,
 }
 
 impl DestinationControl {
     /// A control channel has just been opened by a peer. `token` is random, drawn for this move.
     pub fn new(options: DestinationOptions, token: SessionToken, peer: String) -> Self {
-        Self { options, token, state: State::Hello, channels: 0, verify: true, peer, actions: VecDeque::new() }
+        let (state, actions) = (State::Hello, VecDeque::new());
+        Self { options, token, state, channels: 0, verify: true, peer, handover: None, actions }
+    }
+
+    /// The rules, once the guest runs and only its marker is left to be made.
+    pub fn take_handover(&mut self) -> Option<DestinationHandover> {
+        self.handover.take()
+    }
+
+    /// The machine has claims, and this end has seen the source's.
+    pub fn expect_claim(&mut self, handover: DestinationHandover) {
+        self.handover = Some(handover);
     }
 
     /// The next thing to do.
@@ -132,7 +168,13 @@ impl DestinationControl {
             (starting @ State::Starting { .. }, Input::LinkLost(_) | Input::Message(_) | Input::ChannelFailed(_)) => {
                 starting
             }
-            (State::Starting { run }, Input::Started(result)) => self.started(run, result),
+            (State::Starting { run, right }, Input::Started(result)) => self.started(run, right, result),
+            (State::Claiming { run, nonce }, Input::Claimed(answer)) => {
+                self.decide(rules::Input::Claimed(answer), run, nonce)
+            }
+            (State::Claiming { run, nonce }, Input::Retry) => self.decide(rules::Input::Retry, run, nonce),
+            // Until the claim is decided nothing else counts.
+            (claiming @ State::Claiming { .. }, _) => claiming,
             (_, Input::Message(Message::Abort(why))) => {
                 self.give_up(format!("{} called the move off: {why}", self.peer))
             }
@@ -177,15 +219,15 @@ impl DestinationControl {
             (State::Building(_), Input::Built(Err(why))) => self.abort(why),
             (State::Receiving(receiving), input) => self.receiving(receiving, input),
             (State::Loading, Input::Loaded(Ok(steps))) => {
+                if let Some(handover) = &mut self.handover {
+                    // All that it asks for is *ready*.
+                    let _ = handover.handle(rules::Input::Loaded);
+                }
                 self.act(Action::Send(Message::Ready(steps)));
                 State::Ready
             }
             (State::Loading, Input::Loaded(Err(why))) => self.abort(why),
-            (State::Ready, Input::Message(Message::Commit(Commit { run, .. }))) => {
-                let run = run && !self.options.hold;
-                self.act(Action::Start { run });
-                State::Starting { run }
-            }
+            (State::Ready, Input::Message(Message::Commit(commit))) => self.commit(commit),
             (_, Input::Message(message)) => self.abort(format!("{} has no place here", message.name())),
             (state, _) => state,
         };
@@ -211,7 +253,7 @@ impl DestinationControl {
             return self
                 .abort(format!("{} data channels were asked for, 1 to {MAX_CHANNELS} are possible", request.channels));
         }
-        self.act(Action::Check(request.machine.clone(), request.question.clone()));
+        self.act(Action::Check(request.machine.clone(), request.question.clone(), request.claims.clone()));
         State::Checking(Box::new(request))
     }
 
@@ -239,17 +281,66 @@ impl DestinationControl {
         State::Loading
     }
 
-    fn started(&mut self, run: bool, result: Result<Vec<TimedStep>, String>) -> State {
+    fn commit(&mut self, Commit { epoch, nonce, run }: Commit) -> State {
+        let run = run && !self.options.hold;
+        match (self.handover.is_some(), Epoch::new(epoch)) {
+            (false, None) => {
+                self.act(Action::Start { run });
+                State::Starting { run, right: None }
+            }
+            (true, Some(epoch)) => self.decide(rules::Input::Commit(epoch, Nonce(nonce)), run, Nonce(nonce)),
+            (true, None) => self.lose("the source handed the machine over without an epoch to claim".into()),
+            (false, Some(epoch)) => {
+                self.lose(format!("the source wants epoch {epoch} claimed, and no claims were agreed on"))
+            }
+        }
+    }
+
+    /// Does what the rules of the handover say, from *commit* until the claim is decided.
+    fn decide(&mut self, input: rules::Input, run: bool, nonce: Nonce) -> State {
+        let actions = self.handover.as_mut().map(|handover| handover.handle(input)).unwrap_or_default();
+        for action in actions {
+            match action {
+                rules::Action::Claim(claim) => self.act(Action::Claim(claim)),
+                rules::Action::Wait => self.act(Action::Wait),
+                rules::Action::Report(why) => self.act(Action::Say(why)),
+                rules::Action::Run(right) => {
+                    self.act(Action::Start { run });
+                    return State::Starting { run, right: Some((right, nonce)) };
+                }
+                rules::Action::Drop(why) => return self.lose(dropped(&why)),
+                rules::Action::SendReady
+                | rules::Action::Announce
+                | rules::Action::Mark(..)
+                | rules::Action::SendRunning(_) => {}
+            }
+        }
+        State::Claiming { run, nonce }
+    }
+
+    fn started(
+        &mut self,
+        run: bool,
+        right: Option<(RightToRun, Nonce)>,
+        result: Result<Vec<TimedStep>, String>,
+    ) -> State {
         match result {
             Ok(steps) => {
+                let actions = self.handover.as_mut().map(|handover| handover.handle(rules::Input::Started));
+                for action in actions.unwrap_or_default() {
+                    // The machine announces itself when it first runs; *running* follows for every machine.
+                    if let rules::Action::Mark(epoch, _) = action {
+                        self.act(Action::MarkRunning(epoch));
+                    }
+                }
                 self.act(Action::Send(Message::Running(steps)));
-                self.act(Action::Own { running: run });
+                self.act(Action::Own { running: run, right });
             }
             Err(why) => {
                 // The machine is this end's and does not run: neither end may pretend otherwise.
                 let why = format!("the guest was handed over and could not be started: {why}");
                 self.act(Action::Send(Message::Abort(why.clone())));
-                self.act(Action::Own { running: false });
+                self.act(Action::Own { running: false, right });
             }
         }
         State::Over
@@ -261,6 +352,13 @@ impl DestinationControl {
         self.give_up(why)
     }
 
+    /// After *commit*, without a claim: the machine is not this end's.
+    fn lose(&mut self, why: String) -> State {
+        self.act(Action::Send(Message::Abort(why.clone())));
+        self.act(Action::Lose(why));
+        State::Over
+    }
+
     fn give_up(&mut self, why: String) -> State {
         self.act(Action::GiveUp(why));
         State::Over
@@ -268,6 +366,15 @@ impl DestinationControl {
 
     fn act(&mut self, action: Action) {
         self.actions.push_back(action);
+    }
+}
+
+fn dropped(why: &Dropped) -> String {
+    match why {
+        Dropped::NotCommitted => "the move ended before the machine was handed over".into(),
+        Dropped::WrongEpoch(epoch) => format!("the source handed over epoch {epoch}, which does not follow its own"),
+        Dropped::Taken(occupant) => format!("the machine was claimed by another: {occupant}"),
+        Dropped::CannotClaim(why) => format!("the machine cannot be claimed: {why}"),
     }
 }
 

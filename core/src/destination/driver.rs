@@ -6,14 +6,16 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::claims::Shared as SharedClaims;
 use super::control::{Action, DestinationControl, Input};
 use super::worker::{self, Shared};
-use super::{DestinationOptions, DestinationOutcome};
+use super::{ClaimOptions, DestinationOptions, DestinationOutcome};
 use crate::channel::{Channel, HangUp, IncomingData, SessionToken};
 use crate::layout::Layout;
 use crate::link::ControlLink;
-use crate::machine::{DestinationHost, DestinationMachine, LoadContext, MachineDescription, MachineError};
-use crate::message::{Message, PrepareRequest, TimedStep};
+use crate::machine::{DestinationHost, DestinationMachine, LoadContext, MachineDescription, MachineError, Refusal};
+use crate::message::{self, Message, PrepareRequest, TimedStep};
+use crate::ownership::{CALL_LIMIT, Claim, Nonce, RETRY_GAP, RightToRun};
 use crate::phase::Phase;
 use crate::progress::{Event, Observer, Report, Step};
 use crate::random;
@@ -43,6 +45,10 @@ pub struct Driver<'a, H: DestinationHost> {
     workers: Vec<JoinHandle<()>>,
     hang_ups: Vec<Arc<dyn HangUp>>,
     link_lost: bool,
+    claim_options: Option<ClaimOptions>,
+    claims: Option<SharedClaims>,
+    /// How long each attempt to claim took.
+    claim_steps: Vec<TimedStep>,
     began: Instant,
     report: Report,
 }
@@ -79,6 +85,9 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             workers: Vec::new(),
             hang_ups: Vec::new(),
             link_lost: false,
+            claim_options: options.claims.clone(),
+            claims: None,
+            claim_steps: Vec::new(),
             began: Instant::now(),
             report: Report::default(),
         })
@@ -89,7 +98,11 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         loop {
             while let Some(action) = self.control.poll_action() {
                 match action {
-                    Action::Own { running } => return self.own(running),
+                    Action::Own { running, right } => return self.own(running, right),
+                    Action::Lose(why) => {
+                        self.hang_up();
+                        return DestinationOutcome::Dropped(why);
+                    }
                     Action::GiveUp(why) => return self.give_up(why),
                     action => self.execute(action),
                 }
@@ -112,9 +125,10 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     fn execute(&mut self, action: Action) {
         match action {
             Action::Send(message) => self.send(message),
-            Action::Check(machine, question) => {
+            Action::Check(machine, question, claims) => {
                 self.enter(Phase::Preflight);
-                let verdict = self.host.check(&machine, &question);
+                let mut verdict = self.host.check(&machine, &question);
+                verdict.refusals.extend(self.agree_on_claims(claims.as_ref(), &machine.name).err());
                 for warning in &verdict.warnings {
                     tracing::warn!("{warning}");
                 }
@@ -144,6 +158,23 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 let steps = loaded.map(|()| vec![self.step("load state", began)]);
                 self.control.handle(Input::Loaded(steps));
             }
+            Action::Claim(claim) => {
+                self.enter(Phase::Commit);
+                self.claim(&claim);
+            }
+            Action::Wait => {
+                thread::sleep(RETRY_GAP);
+                self.control.handle(Input::Retry);
+            }
+            Action::Say(why) => {
+                tracing::warn!("it is not known yet whether the machine is this end's: {why}");
+                self.observer.event(Event::Decision { text: why });
+            }
+            Action::MarkRunning(epoch) => {
+                if let (Some(claims), Some(handover)) = (&self.claims, self.control.take_handover()) {
+                    claims.mark_running(epoch, handover);
+                }
+            }
             Action::Start { run } => {
                 self.enter(Phase::Commit);
                 let began = Instant::now();
@@ -151,11 +182,33 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                     Some(machine) if run => machine.start().map_err(|error| error.to_string()),
                     _ => Ok(()),
                 };
-                let steps = started.map(|()| vec![self.step("start vCPUs", began)]);
+                let step = self.step("start vCPUs", began);
+                let steps = started.map(|()| self.claim_steps.drain(..).chain([step]).collect());
                 self.control.handle(Input::Started(steps));
             }
-            Action::Own { .. } | Action::GiveUp(_) => {}
+            Action::Own { .. } | Action::GiveUp(_) | Action::Lose(_) => {}
         }
+    }
+
+    /// Looks for the source's claims here, if its machine has any.
+    fn agree_on_claims(&mut self, offered: Option<&message::SharedClaims>, machine: &str) -> Result<(), Refusal> {
+        let Some(offered) = offered else { return Ok(()) };
+        let options = self.claim_options.as_ref().ok_or_else(|| {
+            Refusal::new("ownership", "the machine has claims, and this host has no name to claim it with")
+        })?;
+        let claims = SharedClaims::find(options, offered, machine)?;
+        self.control.expect_claim(claims.handover()?);
+        self.claims = Some(claims);
+        Ok(())
+    }
+
+    fn claim(&mut self, claim: &Claim) {
+        let began = Instant::now();
+        let Some(claims) = &self.claims else { return };
+        let answer = claims.store().claim(claim, CALL_LIMIT);
+        let step = self.step("claim", began);
+        self.claim_steps.push(step);
+        self.control.handle(Input::Claimed(answer));
     }
 
     fn send(&mut self, mut message: Message) {
@@ -227,18 +280,27 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         Ok(())
     }
 
-    fn own(mut self, running: bool) -> DestinationOutcome<H::Machine> {
+    fn own(mut self, running: bool, right: Option<(RightToRun, Nonce)>) -> DestinationOutcome<H::Machine> {
         self.enter(Phase::Completed);
         self.join();
         self.report.total_ms = self.began.elapsed().as_secs_f64() * 1e3;
         self.report.wire_bytes = self.link.wire_bytes();
         match self.machine.take() {
-            Some(machine) => DestinationOutcome::Owned { machine, running, report: self.report },
+            Some(machine) => {
+                let holding = self.claims.take().zip(right);
+                let holding = holding.map(|(claims, (right, nonce))| Arc::new(claims.into_holding(right, nonce)));
+                DestinationOutcome::Owned { machine, running, holding, report: self.report }
+            }
             None => DestinationOutcome::Ended("there is no machine".into()),
         }
     }
 
     fn give_up(mut self, why: String) -> DestinationOutcome<H::Machine> {
+        self.hang_up();
+        DestinationOutcome::Ended(why)
+    }
+
+    fn hang_up(&mut self) {
         self.link.finish();
         self.join();
         // The peer is given a moment to hear why and close, before the link is closed under it.
@@ -248,7 +310,6 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             while next().is_ok_and(|input| !matches!(input, Input::LinkLost(_))) {}
         }
         self.link.hang_up();
-        DestinationOutcome::Ended(why)
     }
 
     /// The data channels have ended, or are ended here.

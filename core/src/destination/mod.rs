@@ -1,5 +1,6 @@
 //! The receiving end of a move.
 
+mod claims;
 mod control;
 mod driver;
 mod worker;
@@ -7,12 +8,14 @@ mod worker;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+pub use self::claims::ClaimOptions;
 use self::driver::Driver;
 use crate::link::ControlLink;
 
 use crate::channel::{Channel, IncomingData};
 use crate::machine::DestinationHost;
 use crate::message::Message;
+use crate::ownership::Holding;
 use crate::progress::{Observer, Report};
 
 /// The knobs of the receiving end.
@@ -22,13 +25,15 @@ pub struct DestinationOptions {
     pub hold: bool,
     /// This host's name, for the peer's messages.
     pub host_name: String,
+    /// As whom and where machines are claimed; `None`: only machines without claims are taken in.
+    pub claims: Option<ClaimOptions>,
     /// How long to wait for the source's *commit* after *ready*, and for anything at all in between.
     pub silence_limit: Duration,
 }
 
 impl Default for DestinationOptions {
     fn default() -> Self {
-        Self { hold: false, host_name: "destination".into(), silence_limit: Duration::from_secs(10) }
+        Self { hold: false, host_name: "destination".into(), claims: None, silence_limit: Duration::from_secs(10) }
     }
 }
 
@@ -41,9 +46,13 @@ pub enum DestinationOutcome<M> {
         machine: M,
         /// Whether its vCPUs run.
         running: bool,
+        /// Its claims, if it has any.
+        holding: Option<Arc<Holding>>,
         /// How it went, as seen from here.
         report: Report,
     },
+    /// *Commit* had come, and the machine could not be claimed: it is another's, or nobody's yet but never this end's. It has been dropped.
+    Dropped(String),
     /// It came to nothing and the source keeps the machine (or it was only a dry run, or the peer was not one of
     /// ours). Listen again.
     Ended(String),

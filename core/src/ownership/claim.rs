@@ -111,6 +111,13 @@ impl fmt::Display for Epoch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Nonce(pub u64);
 
+impl Nonce {
+    /// One that no other attempt has.
+    pub fn random() -> Self {
+        Self(crate::random::number())
+    }
+}
+
 /// Who claims: a machine, on a host since its last boot, kept by one process.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Claimant {

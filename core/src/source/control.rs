@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Whatever goes wrong before *commit* takes one way out: [`SourceControl::end`], after which the guest is as it was.
-//! After *commit* there is none: without *running* the guest stays paused here and a person decides.
+//! After *commit* there is none but the claims ([`crate::ownership`]): without *running* the guest stays paused here until they
+//! say whose it is, or, where there are none, a person decides.
 
 mod ending;
 mod measured;
@@ -25,7 +26,7 @@ pub use self::vocabulary::{Action, Done, Input, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
 use crate::machine::{MachineDescription, Refusal};
 use crate::message::{
-    Commit, Hello, Message, PreflightRequest, PrepareRequest, RoundStart, TableSum, TimedStep, VERSION,
+    Hello, Message, PreflightRequest, PrepareRequest, RoundStart, SharedClaims, TableSum, TimedStep, VERSION,
 };
 use crate::phase::Phase;
 use crate::policy::{Decision, Limits, RoundEnd};
@@ -70,6 +71,8 @@ pub struct SourceControl {
     actions: VecDeque<Action>,
     held: Option<VecDeque<Input>>,
     ending: Option<Ending>,
+    /// The destination is lost, why, and the claims are being asked who has the machine.
+    settling: Option<String>,
     finished: bool,
     link_up: bool,
 
@@ -126,6 +129,7 @@ impl SourceControl {
             actions: VecDeque::new(),
             held: None,
             ending: None,
+            settling: None,
             finished: false,
             link_up: false,
             machine: None,
@@ -160,7 +164,7 @@ impl SourceControl {
 
     /// When to call [`SourceControl::handle`] with [`Input::Tick`] at the latest.
     pub fn deadline(&self) -> Option<Duration> {
-        if self.ending.is_some() || self.held.is_some() {
+        if self.ending.is_some() || self.settling.is_some() || self.held.is_some() {
             return None;
         }
         let limit = match self.phase {
@@ -249,6 +253,10 @@ impl SourceControl {
         match input {
             Input::Done(Done::Restored(result)) => return self.restored(result),
             _ if self.ending.is_some() => return,
+            Input::Done(Done::Settled(settlement)) => return self.settled(settlement),
+            // Late, and true: whoever asks the claims hears of it, too.
+            Input::Message(Message::Running(_)) if self.settling.is_some() => return self.note_running(),
+            _ if self.settling.is_some() => return,
             // Whoever says no before anything was asked of it, refuses.
             Input::Message(Message::Abort(why)) if self.phase <= Phase::Preflight => {
                 self.end(Ending::Refused(vec![Refusal::new("destination", why)]));
@@ -285,7 +293,7 @@ impl SourceControl {
             }
             Phase::Pause | Phase::FinalPages | Phase::State => self
                 .fail(format!("the pause has lasted longer than --pause-timeout ({:.1?})", self.options.pause_timeout)),
-            Phase::Commit => self.unknown(format!(
+            Phase::Commit => self.fail(format!(
                 "{peer} did not say that it runs the guest within --handover-timeout ({:.1?})",
                 self.options.handover_timeout
             )),
@@ -315,11 +323,10 @@ impl SourceControl {
             (Phase::State, Message::Ready(steps)) => {
                 self.destination_steps(steps);
                 self.step("wait for ready");
-                self.enter(Phase::Commit);
-                let commit = Commit { epoch: 0, nonce: self.nonce, run: self.running };
-                self.act(Action::Send(Message::Commit(commit)));
+                self.commit();
             }
             (Phase::Commit, Message::Running(steps)) => {
+                self.note_running();
                 self.destination_steps(steps);
                 self.step("hand over");
                 self.moved();
@@ -381,6 +388,10 @@ impl SourceControl {
                 let request = PreflightRequest {
                     machine: machine.clone(),
                     question,
+                    claims: self.options.ownership.as_deref().map(|holding| SharedClaims {
+                        directory: holding.directory().display().to_string(),
+                        claim: holding.claim().to_string(),
+                    }),
                     channels: self.options.channels,
                     dry_run: self.options.dry_run,
                 };

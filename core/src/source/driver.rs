@@ -21,6 +21,7 @@ use crate::channel::{Dial, SessionToken};
 use crate::link::ControlLink;
 use crate::machine::{Inquiry, MachineError, SourceMachine};
 use crate::message::{Message, TimedStep};
+use crate::ownership::Holding;
 use crate::pending::forget_vmm_writes;
 use crate::progress::{Event as Told, Observer};
 use crate::table::PageHasher;
@@ -64,6 +65,7 @@ pub struct Driver {
     jobs: Sender<Job>,
     /// Between its question and the judgement of the answer. Only the machine's thread touches it.
     inquiry: Arc<Mutex<Option<Box<dyn Inquiry>>>>,
+    ownership: Option<Arc<Holding>>,
     settler: Option<Settler>,
     queue_awaited: bool,
     silence_told: bool,
@@ -103,6 +105,7 @@ impl Driver {
             handle,
             verify: beginning.options.verify,
             channels: beginning.options.channels,
+            ownership: beginning.options.ownership.clone(),
             control: SourceControl::new(beginning),
             events,
             sender,
@@ -244,6 +247,7 @@ impl Driver {
             Action::StopGuest => self.stop_guest(),
             Action::SendFinal => self.order(Order::Final, usize::MAX),
             Action::Restore { resume } => self.restore(resume),
+            Action::Settle(patience) => self.settle(patience),
             Action::Audit => {
                 let shared = self.data.as_ref().map(|data| Arc::clone(&data.shared))?;
                 self.job(move |_| {
@@ -414,6 +418,7 @@ impl Driver {
         let Some(mut harvester) = data.harvester.take() else { return };
         let shared = Arc::clone(&data.shared);
         let limit = self.handle.pause_timeout;
+        let ownership = self.ownership.clone();
         self.settler = None;
         self.job(move |machine| {
             let mut steps = Vec::new();
@@ -424,6 +429,10 @@ impl Driver {
                 steps.push(TimedStep { name: name.into(), duration });
             };
             machine.pause(limit)?;
+            // Whatever ends the move from here on gives the right back before the guest resumes.
+            if let Some(holding) = ownership {
+                holding.begin_handover();
+            }
             step("pause vCPUs and devices");
             let sections = machine.save()?;
             step("save state");
@@ -432,6 +441,18 @@ impl Driver {
             harvester.harvest(layout, machine.dirty_log(), view.memory(), &shared.pending)?;
             step("last harvest");
             Ok(Done::Stopped { sections, steps })
+        });
+    }
+
+    fn settle(&mut self, patience: Duration) {
+        let Some(holding) = self.ownership.clone() else { return };
+        let observer = Arc::clone(&self.observer);
+        self.job(move |_| {
+            let tell = |text: &str| {
+                tracing::warn!("{text}");
+                observer.event(Told::Decision { text: text.into() });
+            };
+            Ok(Done::Settled(holding.settle(Some(Instant::now() + patience), tell)))
         });
     }
 
@@ -459,10 +480,16 @@ impl Driver {
         let logging = self.data.is_some();
         let events = self.sender.clone();
         let (machine, inquiry) = (Arc::clone(&self.machine), Arc::clone(&self.inquiry));
+        let ownership = self.ownership.clone();
         self.settler = None;
         let queued = self.jobs.send(Box::new(move || {
             // The guest first: it has waited long enough.
-            let resumed = if resume { machine.resume() } else { Ok(()) };
+            let ours = ownership.is_none_or(|holding| holding.give_up_handover());
+            let resumed = match (resume, ours) {
+                (false, _) => Ok(()),
+                (true, true) => machine.resume(),
+                (true, false) => Err(MachineError::new("there is no right to run it: it has been handed over")),
+            };
             machine.throttle(1.0);
             workers.into_iter().for_each(|worker| drop(worker.join()));
             let stopped = if logging { machine.dirty_log().stop() } else { Ok(()) };

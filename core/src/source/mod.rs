@@ -18,6 +18,7 @@ use self::flow::Flow;
 use self::state::Shared;
 use crate::channel::Dial;
 use crate::machine::{Refusal, SourceMachine};
+use crate::ownership::Holding;
 use crate::phase::Phase;
 use crate::progress::{Observer, Progress, Report};
 use crate::random;
@@ -82,6 +83,8 @@ pub struct SourceOptions {
     pub program: String,
     /// This host's name, for the peer's messages.
     pub host_name: String,
+    /// The claims by which ownership passes; `None`: it passes by *commit* alone.
+    pub ownership: Option<Arc<Holding>>,
     /// For tests: stop on entering this phase until [`SourceMigration::release_hold`].
     pub hold_at: Option<Phase>,
 }
@@ -105,6 +108,7 @@ impl Default for SourceOptions {
             dry_run: false,
             program: concat!("godwit ", env!("CARGO_PKG_VERSION")).into(),
             host_name: "source".into(),
+            ownership: None,
             hold_at: None,
         }
     }
@@ -119,11 +123,12 @@ pub enum SourceOutcome {
     WouldMove(Report),
     /// The destination cannot take the machine in: every reason. The guest is as it was.
     Refused(Vec<Refusal>),
-    /// It failed before *commit*; the guest is at the source as it was. Why, and what had been done.
+    /// It failed, before *commit* or before the destination had claimed the machine; the guest is at the source as it was. Why, and what had been done.
     Failed(String, Report),
     /// It was cancelled; the guest is at the source as it was.
     Cancelled(Report),
-    /// *commit* was sent and *running* not heard. The guest stays paused here until a person decides.
+    /// *commit* was sent and *running* not heard. The guest stays paused here until the claims or a person decide
+    /// ([`Holding::settle`]).
     Unknown(String, Report),
 }
 

@@ -14,7 +14,7 @@ fn hello() -> Message {
 fn preflight(channels: u16) -> Message {
     let memory = vec![RegionDescription { guest_address: 0, size_bytes: 1 << 30 }];
     let machine = MachineDescription { name: "m".into(), vcpus: 1, memory, sections: Vec::new(), vmm: Vec::new() };
-    Message::Preflight(PreflightRequest { machine, question: vec![7], channels, dry_run: false })
+    Message::Preflight(PreflightRequest { machine, question: vec![7], claims: None, channels, dry_run: false })
 }
 
 fn prepare(verify: bool) -> Message {
@@ -144,5 +144,95 @@ proptest! {
         }
         inputs.splice(at..at, more);
         run(DestinationOptions::default(), inputs);
+    }
+}
+
+mod with_claims {
+    //! The same where the machine has claims: *commit* only says that it may be claimed.
+
+    use super::*;
+    use crate::ownership::store::Occupant;
+    use crate::ownership::{Claimant, Rules};
+
+    fn epoch(n: u64) -> Epoch {
+        Epoch::new(n).unwrap()
+    }
+
+    fn claimant(host: &str) -> Claimant {
+        let name = |text: &str| text.parse().unwrap();
+        Claimant { machine: name("m"), host: name(host), boot_id: name("b"), instance: name("i") }
+    }
+
+    /// What it does on each input.
+    fn told(control: &mut DestinationControl, input: Input) -> Vec<Action> {
+        control.handle(input);
+        std::iter::from_fn(|| control.poll_action()).collect()
+    }
+
+    fn ready(claims: bool) -> DestinationControl {
+        let mut control = DestinationControl::new(DestinationOptions::default(), SessionToken([0; 16]), "peer".into());
+        if claims {
+            control.expect_claim(DestinationHandover::new(claimant("here"), epoch(2), Rules::default()));
+        }
+        let before_commit = healthy().into_iter().take(13);
+        let last = before_commit.map(|input| told(&mut control, input)).last().unwrap();
+        assert!(matches!(last[..], [Action::Send(Message::Ready(_))]), "{last:?}");
+        control
+    }
+
+    fn commit(epoch: u64) -> Input {
+        Input::Message(Message::Commit(Commit { epoch, nonce: 9, run: true }))
+    }
+
+    fn claims_epoch_2(actions: &[Action]) -> bool {
+        matches!(actions, [Action::Claim(claim)] if *claim == claimant("here").claim(epoch(2), Nonce(9)))
+    }
+
+    #[test]
+    fn invariant_1_nothing_starts_before_the_claim_is_won_and_only_the_store_ends_it() {
+        let mut control = ready(true);
+        assert!(claims_epoch_2(&told(&mut control, commit(2))));
+        for input in [Input::LinkLost("cut".into()), Input::Message(Message::Abort("no".into())), commit(2)] {
+            assert!(told(&mut control, input).is_empty());
+        }
+        let actions = told(&mut control, Input::Claimed(ClaimAnswer::Unknown("slow".into())));
+        assert!(matches!(actions[..], [Action::Say(_), Action::Wait]), "{actions:?}");
+        assert!(claims_epoch_2(&told(&mut control, Input::Retry)));
+        let ours = Occupant::Claim(claimant("here").claim(epoch(2), Nonce(9)));
+        let actions = told(&mut control, Input::Claimed(ClaimAnswer::Exists(ours)));
+        assert!(matches!(actions[..], [Action::Start { run: true }]), "{actions:?}");
+        let actions = told(&mut control, Input::Started(Ok(Vec::new())));
+        let [Action::MarkRunning(marked), Action::Send(Message::Running(_)), Action::Own { running: true, right }] =
+            &actions[..]
+        else {
+            panic!("{actions:?}")
+        };
+        assert_eq!(*marked, epoch(2));
+        assert!(right.as_ref().is_some_and(|(right, nonce)| right.epoch() == epoch(2) && *nonce == Nonce(9)));
+    }
+
+    #[test]
+    fn invariant_1_a_machine_that_cannot_be_claimed_is_dropped() {
+        let theirs = Occupant::Claim(claimant("there").claim(epoch(2), Nonce(1)));
+        for answer in [ClaimAnswer::Exists(theirs), ClaimAnswer::Failed("full".into())] {
+            let mut control = ready(true);
+            told(&mut control, commit(2));
+            let actions = told(&mut control, Input::Claimed(answer));
+            assert!(matches!(actions[..], [Action::Send(Message::Abort(_)), Action::Lose(_)]), "{actions:?}");
+        }
+    }
+
+    #[test]
+    fn another_epoch_than_was_agreed_on_is_no_handover() {
+        for (claims, epoch) in [(true, 0), (true, 1), (true, 3), (false, 2)] {
+            let actions = told(&mut ready(claims), commit(epoch));
+            assert!(matches!(actions[..], [Action::Send(Message::Abort(_)), Action::Lose(_)]), "{actions:?}");
+        }
+    }
+
+    #[test]
+    fn before_commit_a_lost_link_ends_it_as_without_claims() {
+        let actions = told(&mut ready(true), Input::LinkLost("cut".into()));
+        assert!(matches!(actions[..], [Action::GiveUp(_)]), "{actions:?}");
     }
 }

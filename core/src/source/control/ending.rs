@@ -1,11 +1,17 @@
 //! How a move ends: the one way out before *commit*, and what there is after it.
 
+use std::time::Duration;
+
 use super::{Action, SourceControl};
 use crate::machine::Refusal;
-use crate::message::Message;
+use crate::message::{Commit, Message};
+use crate::ownership::Settlement;
 use crate::phase::Phase;
 use crate::progress::{PageCounts, Report};
 use crate::source::SourceOutcome;
+
+/// However late the destination was lost, the claims are asked for so long before the move is called unknown.
+const SETTLE_AT_LEAST: Duration = Duration::from_secs(3);
 
 /// How the move ends, once the guest is as it was.
 pub(super) enum Ending {
@@ -36,9 +42,55 @@ impl SourceControl {
     /// Something went wrong: before *commit* the move ends, after it nobody here knows who runs the guest.
     pub(super) fn fail(&mut self, why: String) {
         match self.phase {
+            Phase::Commit if self.options.ownership.is_some() => self.settle(why),
             Phase::Commit => self.unknown(why),
             Phase::Completed => {}
             _ => self.end(Ending::Failed(why)),
+        }
+    }
+
+    /// Ownership passes: from here on this end may run the guest only in an epoch that it claims anew.
+    pub(super) fn commit(&mut self) {
+        let (epoch, nonce) = match self.options.ownership.as_deref().map(|holding| holding.commit()) {
+            None => (0, self.nonce),
+            Some(Some((epoch, nonce))) => (epoch.get(), nonce.0),
+            Some(None) => return self.fail("this machine's claims cannot pass to the destination".into()),
+        };
+        self.enter(Phase::Commit);
+        self.act(Action::Send(Message::Commit(Commit { epoch, nonce, run: self.running })));
+    }
+
+    pub(super) fn note_running(&mut self) {
+        if let Some(holding) = &self.options.ownership {
+            holding.running();
+        }
+    }
+
+    /// The destination is lost, and may have claimed the machine or not: the store knows.
+    fn settle(&mut self, why: String) {
+        let elapsed = self.now.saturating_sub(self.phase_since);
+        let patience = self.options.handover_timeout.saturating_sub(elapsed).max(SETTLE_AT_LEAST);
+        self.act(Action::Say(format!("{why}: asking the claims who has the machine")));
+        self.settling = Some(why);
+        self.act(Action::Settle(patience));
+    }
+
+    pub(super) fn settled(&mut self, settlement: Settlement) {
+        let Some(why) = self.settling.take() else { return };
+        match settlement {
+            Settlement::Resumed(epoch) => {
+                self.end(Ending::Failed(format!(
+                    "{why}; the destination had not claimed the machine: claimed back, epoch {epoch}"
+                )));
+            }
+            Settlement::Moved => self.moved(),
+            Settlement::Superseded(record) => {
+                self.unknown(format!(
+                    "{why}; {}: the machine was started anew, and the copy here is out of date",
+                    record.occupant
+                ));
+            }
+            Settlement::Undecided(what) => self.unknown(format!("{why}; {what}")),
         }
     }
 

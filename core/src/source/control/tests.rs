@@ -236,3 +236,109 @@ proptest! {
         prop_assert!(run.outcome.is_some() || waits_for_driver, "hangs after {:?}", run.actions.last());
     }
 }
+
+mod with_claims {
+    //! The same where the machine has claims: after *commit* they say whose it is.
+
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::ownership::directory::DirectoryStore;
+    use crate::ownership::start::Mode;
+    use crate::ownership::timed::Timed;
+    use crate::ownership::{Epoch, Holding, Host, Nonce, Settlement, begin};
+
+    fn holding(directory: &Path) -> Arc<Holding> {
+        let host = Arc::new(Host::register(Some("here".parse().unwrap()), &directory.join("instances")).unwrap());
+        let store = Timed::start(DirectoryStore::new(directory)).unwrap();
+        let me = host.claimant("m".parse().unwrap());
+        let right = begin(me.clone(), Nonce(1), Mode::New, &store, directory, |_| {}).unwrap();
+        Arc::new(Holding::new(directory.into(), store, host, me.claim(Epoch::FIRST, Nonce(1)), right))
+    }
+
+    /// A move whose destination answers *commit* with `answer`; the claims then say `settlement`.
+    fn run_with(answer: Option<Input>, settlement: Settlement) -> (Run, Arc<Holding>) {
+        let directory = tempfile::tempdir().unwrap();
+        let holding = holding(directory.path());
+        let options = SourceOptions { ownership: Some(Arc::clone(&holding)), ..options() };
+        let mut answer = Some(answer);
+        let run = run(control(options, true), Duration::from_micros(10), |_, action, healthy| match action {
+            Action::Send(Message::Preflight(request)) => {
+                let claims = request.claims.as_ref().unwrap();
+                assert_eq!(claims.claim, holding.claim().to_string());
+                healthy
+            }
+            // What the driver does beside.
+            Action::StopGuest => {
+                holding.begin_handover();
+                healthy
+            }
+            Action::Restore { .. } => {
+                holding.give_up_handover();
+                healthy
+            }
+            Action::Send(Message::Commit(commit)) => {
+                assert_eq!(commit.epoch, 2);
+                answer.take().flatten()
+            }
+            Action::Settle(_) => Some(Input::Done(Done::Settled(settlement.clone()))),
+            _ => healthy,
+        });
+        (run, holding)
+    }
+
+    const UNDECIDED: fn() -> Settlement = || Settlement::Undecided("taken".into());
+
+    #[test]
+    fn running_ends_the_right_of_the_source() {
+        let (run, holding) = run_with(Some(Input::Message(Message::Running(Vec::new()))), UNDECIDED());
+        assert!(matches!(run.outcome, Some(SourceOutcome::Moved(_))), "{:?}", run.outcome);
+        assert!(!holding.may_run() && !run.resumed);
+    }
+
+    #[test]
+    fn a_destination_that_is_lost_is_settled_by_the_claims() {
+        let lost: [fn() -> Option<Input>; 3] = [
+            || None,
+            || Some(Input::LinkLost("cut".into())),
+            || Some(Input::Message(Message::Abort("taken by another".into()))),
+        ];
+        for lost in lost {
+            let (run, _) = run_with(lost(), Settlement::Resumed(Epoch::new(2).unwrap()));
+            assert!(
+                matches!(&run.outcome, Some(SourceOutcome::Failed(why, _)) if why.contains("claimed back, epoch 2")),
+                "{:?}",
+                run.outcome
+            );
+            assert!(run.resumed, "{:?}", run.actions);
+            let (run, holding) = run_with(lost(), UNDECIDED());
+            assert!(matches!(run.outcome, Some(SourceOutcome::Unknown(..))), "{:?}", run.outcome);
+            assert!(!run.resumed && !holding.may_run());
+            let (run, _) = run_with(lost(), Settlement::Moved);
+            assert!(matches!(run.outcome, Some(SourceOutcome::Moved(_))), "{:?}", run.outcome);
+            assert!(!run.resumed);
+        }
+    }
+
+    #[test]
+    fn before_commit_the_epoch_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let holding = holding(directory.path());
+        let options = SourceOptions { ownership: Some(Arc::clone(&holding)), ..options() };
+        let run = run(control(options, true), Duration::from_micros(10), |_, action, healthy| match action {
+            Action::StopGuest => {
+                holding.begin_handover();
+                healthy
+            }
+            Action::Send(Message::Table(_)) => Some(Input::LinkLost("cut".into())),
+            Action::Restore { .. } => {
+                assert!(holding.give_up_handover());
+                healthy
+            }
+            _ => healthy,
+        });
+        check(&run, true);
+        assert_eq!(holding.claim().epoch, Epoch::FIRST);
+    }
+}

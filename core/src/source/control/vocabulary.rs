@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::channel::SessionToken;
 use crate::machine::{MachineDescription, Refusal, Section};
 use crate::message::{Message, TimedStep};
+use crate::ownership::Settlement;
 use crate::phase::Phase;
 use crate::progress::RoundReport;
 use crate::source::SourceOutcome;
@@ -82,6 +83,8 @@ pub enum Done {
     Restored(Result<(), String>),
     /// The stopped guest's memory was hashed against the table.
     Audited(String),
+    /// The claims say, or do not say yet, who has the machine.
+    Settled(Settlement),
 }
 
 /// What a round has been.
@@ -158,4 +161,6 @@ pub enum Action {
     },
     /// Hash the stopped guest's memory against the table.
     Audit,
+    /// The destination is lost after *commit*: find out from the claims who has the machine, for so long at most.
+    Settle(Duration),
 }

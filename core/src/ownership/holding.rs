@@ -1,0 +1,251 @@
+//! What a process holds of a machine: its claim, the right to run that came with it, and, while a move hands it over, the
+//! handover in its place.
+//!
+//! One lock guards all of it, and it is not held during calls to the store: whoever asks whether the guest may run gets an
+//! answer at once.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::attempt::RightToRun;
+use super::claim::{Claim, Claimant, Epoch, Marker, Nonce};
+use super::host::Host;
+use super::rules::Rules;
+use super::source::{Action, Input, Nonces, Report, SourceHandover};
+use super::store::{MarkAnswer, Record};
+use super::timed::Timed;
+use super::{CALL_LIMIT, RETRY_GAP};
+
+/// How often whoever waits for a decision says so.
+const TELL_GAP: Duration = Duration::from_secs(5);
+
+/// A machine's claims, as the process that has it sees them.
+pub struct Holding {
+    directory: PathBuf,
+    store: Timed,
+    me: Claimant,
+    now: Mutex<Now>,
+    /// The process counts as alive for as long as it holds a machine.
+    _host: Arc<Host>,
+}
+
+struct Now {
+    /// Ours, the last that was won.
+    claim: Claim,
+    state: State,
+}
+
+enum State {
+    /// The guest may run here.
+    Held(RightToRun),
+    /// It is being handed over; with which nonce it would be claimed back.
+    Handing(SourceHandover, Nonce),
+    /// It has moved.
+    Moved,
+    /// It was claimed anew, from where it had moved to.
+    Superseded(Box<Record>),
+    /// It was ended here.
+    Ended,
+}
+
+/// How a handover stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Settlement {
+    /// The guest may run here again, in this epoch.
+    Resumed(Epoch),
+    /// It has run at the destination.
+    Moved,
+    /// The machine has been claimed anew since: the copy here is out of date.
+    Superseded(Box<Record>),
+    /// It is still not known; what is.
+    Undecided(String),
+}
+
+impl Holding {
+    /// The machine of `claim`, which was won with `right`.
+    pub fn new(directory: PathBuf, store: Timed, host: Arc<Host>, claim: Claim, right: RightToRun) -> Self {
+        let me = claim.claimant.clone();
+        Self { directory, store, me, now: Mutex::new(Now { claim, state: State::Held(right) }), _host: host }
+    }
+
+    /// Where the claims are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The last claim that was won here.
+    pub fn claim(&self) -> Claim {
+        self.now().claim.clone()
+    }
+
+    /// Whether the guest may run here.
+    pub fn may_run(&self) -> bool {
+        matches!(self.now().state, State::Held(_))
+    }
+
+    /// The guest has been paused to be handed over: its right to run is taken from it. Does nothing if that has been done.
+    pub fn begin_handover(&self) {
+        let mut now = self.now();
+        now.state = match std::mem::replace(&mut now.state, State::Ended) {
+            State::Held(right) => {
+                let nonces = Nonces { theirs: Nonce::random(), ours: Nonce::random() };
+                let handover = SourceHandover::new(right, self.me.clone(), nonces, Rules::default());
+                State::Handing(handover, nonces.ours)
+            }
+            other => other,
+        };
+    }
+
+    /// The move has come to nothing before *commit*: whether the guest may run here.
+    pub fn give_up_handover(&self) -> bool {
+        self.step(Input::GiveUp);
+        self.may_run()
+    }
+
+    /// Ownership is to pass: the epoch to be claimed by the destination, and with which nonce. `None` if there is nothing to pass.
+    pub fn commit(&self) -> Option<(Epoch, Nonce)> {
+        self.step(Input::Commit).into_iter().find_map(|action| match action {
+            Action::SendCommit(epoch, nonce) => Some((epoch, nonce)),
+            _ => None,
+        })
+    }
+
+    /// The destination says that it runs the guest.
+    pub fn running(&self) {
+        let next = self.now().claim.epoch.next();
+        if let Some(epoch) = next {
+            self.step(Input::Running(epoch));
+        }
+    }
+
+    /// The destination is lost after *commit*, or has been for a while: finds out from the store who has the machine, until then at the
+    /// latest if there is an end to it. May be called again as long as it is undecided.
+    pub fn settle(&self, until: Option<Instant>, mut tell: impl FnMut(&str)) -> Settlement {
+        let mut last = String::from("the claim store has not been asked yet");
+        let mut told: Option<Instant> = None;
+        // One of the two has no place, and does nothing.
+        let mut inputs = VecDeque::from([Input::Lost, Input::Retry]);
+        loop {
+            let input = inputs.pop_front().unwrap_or(Input::Retry);
+            for action in self.step(input) {
+                match action {
+                    Action::Claim(claim) => {
+                        inputs.clear();
+                        inputs.push_back(Input::Claimed(self.store.claim(&claim, CALL_LIMIT)));
+                    }
+                    Action::Look => {
+                        inputs.clear();
+                        inputs.push_back(Input::Seen(self.store.newest(CALL_LIMIT)));
+                    }
+                    Action::Report(report) => {
+                        let text = text(&report);
+                        if text != last || told.is_none_or(|told| told.elapsed() >= TELL_GAP) {
+                            tell(&text);
+                            told = Some(Instant::now());
+                        }
+                        last = text;
+                    }
+                    Action::Wait if until.is_some_and(|until| Instant::now() + RETRY_GAP > until) => {
+                        return Settlement::Undecided(last);
+                    }
+                    Action::Wait => thread::sleep(RETRY_GAP),
+                    Action::SendCommit(..) | Action::Resume(_) | Action::Moved | Action::Superseded(_) => {}
+                }
+            }
+            let now = self.now();
+            match &now.state {
+                State::Held(_) => return Settlement::Resumed(now.claim.epoch),
+                State::Moved => return Settlement::Moved,
+                State::Superseded(record) => return Settlement::Superseded(record.clone()),
+                State::Handing(..) => {}
+                State::Ended => return Settlement::Undecided(last),
+            }
+        }
+    }
+
+    /// The machine has been ended cleanly and every disk is closed: anybody may start it from now on. Does nothing if it is not held.
+    ///
+    /// # Errors
+    /// Why the store could not be told within `limit`.
+    pub fn free(&self, limit: Duration) -> Result<(), String> {
+        let Some(right) = self.let_go() else { return Ok(()) };
+        let (epoch, until) = (right.give_up(), Instant::now() + limit);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.store.mark(epoch, Marker::Free, left.min(CALL_LIMIT)) {
+                MarkAnswer::Marked => return Ok(()),
+                MarkAnswer::Unknown(why) if left <= RETRY_GAP => return Err(why),
+                MarkAnswer::Unknown(_) => thread::sleep(RETRY_GAP),
+            }
+        }
+    }
+
+    /// The right to run, which is then no longer held here.
+    fn let_go(&self) -> Option<RightToRun> {
+        let mut now = self.now();
+        match std::mem::replace(&mut now.state, State::Ended) {
+            State::Held(right) => Some(right),
+            other => {
+                now.state = other;
+                None
+            }
+        }
+    }
+
+    /// Gives the handover an input, if there is one. What it says about the right to run is done at once.
+    fn step(&self, input: Input) -> Vec<Action> {
+        let mut now = self.now();
+        let State::Handing(handover, ours) = &mut now.state else { return Vec::new() };
+        let ours = *ours;
+        let mut rest = Vec::new();
+        for action in handover.handle(input) {
+            match action {
+                Action::Resume(right) => {
+                    if right.epoch() != now.claim.epoch {
+                        now.claim = self.me.claim(right.epoch(), ours);
+                    }
+                    now.state = State::Held(right);
+                    return rest;
+                }
+                Action::Moved => {
+                    now.state = State::Moved;
+                    return rest;
+                }
+                Action::Superseded(record) => {
+                    now.state = State::Superseded(record);
+                    return rest;
+                }
+                action => rest.push(action),
+            }
+        }
+        rest
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Holding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.now().claim, self.directory.display())
+    }
+}
+
+fn text(report: &Report) -> String {
+    match report {
+        Report::Undecided(why) => format!("the machine cannot be claimed back yet, it is tried again: {why}"),
+        Report::Taken(occupant) => {
+            format!("{occupant}, and nothing shows yet that the guest has run there: watching for it")
+        }
+        Report::Unreadable(why) => format!("the claims cannot be read, it is tried again: {why}"),
+        Report::LastEpoch => "no epoch can follow this machine's last".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
