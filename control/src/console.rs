@@ -23,6 +23,12 @@ pub const EXIT_INTERNAL: u8 = 1;
 /// Exit code: the command line cannot be meant.
 pub const EXIT_USAGE: u8 = 2;
 
+/// Exit code: the machine may not be started or moved, and nothing was done.
+pub const EXIT_REFUSED: u8 = 3;
+
+/// Exit code: the machine is another's by the claims; what was here of it has been dropped.
+pub const EXIT_LOST: u8 = 7;
+
 /// A line for programs, on stdout. That nobody reads it is no error.
 pub fn out(line: impl Display) {
     let mut stdout = io::stdout().lock();

@@ -1,9 +1,12 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Parser;
 use godwit_control::console::LogArgs;
+use godwit_core::destination::ClaimOptions;
+use godwit_core::ownership::{Host, Name};
 use godwit_transport::Uri;
 use godwit_vmm::HostOptions;
 use godwit_vmm::config::SerialTarget;
@@ -24,9 +27,9 @@ pub(crate) struct Cli {
     /// Where to answer control commands [default: /run/godwit/receiver-PID.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
-    /// This host's name towards others [default: its host name]
+    /// This host's name towards others and in claims [default: its host name, and its machine-id]
     #[arg(long, value_name = "NAME")]
-    pub(crate) host_id: Option<String>,
+    pub(crate) host_id: Option<Name>,
     /// What the machine's serial port is connected to here: none, stdio, pty:PATH, unix:PATH, file:PATH
     #[arg(long, value_name = "TARGET", default_value_t = SerialTarget::None)]
     pub(crate) serial: SerialTarget,
@@ -36,6 +39,9 @@ pub(crate) struct Cli {
     /// A folder in which a machine's disks may be opened; may be given several times
     #[arg(long = "disk-dir", value_name = "DIR")]
     disk_dirs: Vec<PathBuf>,
+    /// Where machines' claims may lie, beside --disk-dir: the claim directory itself, or a folder that has it
+    #[arg(long, value_name = "DIR")]
+    ownership: Option<PathBuf>,
     /// The file to use here for the disk with this id; may be given several times
     #[arg(long = "map-disk", value_name = "ID=PATH", value_parser = mapping)]
     map_disks: Vec<(String, String)>,
@@ -65,6 +71,16 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
+    /// Which claim directories may be opened here.
+    pub(crate) fn claim_options(&self, host: Host) -> ClaimOptions {
+        let beside = self.map_disks.iter().map(|(_, path)| godwit_control::claims::beside(path.as_ref()));
+        ClaimOptions {
+            host: Arc::new(host),
+            allowed: self.disk_dirs.iter().chain(&self.ownership).cloned().collect(),
+            own: self.ownership.iter().cloned().chain(beside).collect(),
+        }
+    }
+
     /// What a machine that comes in may use here.
     pub(crate) fn host_options(&self) -> HostOptions {
         HostOptions {

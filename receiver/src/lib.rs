@@ -9,12 +9,16 @@ use std::sync::Arc;
 use std::thread;
 
 use clap::Parser;
-use godwit_control::console::{CONTROL_DIRECTORY, EXIT_INTERNAL, EXIT_USAGE, events_to_stdout, host_name, say};
+use godwit_control::console::{
+    CONTROL_DIRECTORY, EXIT_INTERNAL, EXIT_LOST, EXIT_USAGE, events_to_stdout, host_name, say,
+};
 use godwit_control::keeper::{End, Keeper};
 use godwit_control::parameters::Settings;
 use godwit_control::qmp::Hub;
 use godwit_control::qmp::socket::ControlSocket;
 use godwit_core::destination::DestinationOptions;
+use godwit_core::ownership::Host;
+use godwit_core::ownership::host::INSTANCES;
 use godwit_transport::TransportError;
 use godwit_vmm::config::SerialTarget;
 
@@ -53,12 +57,19 @@ fn run(cli: &Cli) -> anyhow::Result<End> {
     let settings = Settings { insecure: cli.insecure, ..Settings::default() };
     let keeper = Keeper::start(ControlSocket::bind(&control)?, &name, settings, hub)?;
     let listener = godwit_transport::listen(&cli.listen, godwit_transport::Options { insecure: cli.insecure })?;
-    let host_name = cli.host_id.clone().unwrap_or_else(host_name);
+    let host_name = cli.host_id.as_ref().map_or_else(host_name, ToString::to_string);
+    let claims = match Host::register(cli.host_id.clone(), Path::new(INSTANCES)) {
+        Ok(host) => Some(cli.claim_options(host)),
+        Err(error) => {
+            tracing::warn!("machines with claims cannot be taken in: {error}");
+            None
+        }
+    };
     let reception = Arc::new(Reception {
         listener,
         keeper: keeper.handle(),
         host: cli.host_options(),
-        options: DestinationOptions { hold: cli.hold, host_name, ..DestinationOptions::default() },
+        options: DestinationOptions { hold: cli.hold, host_name, claims, ..DestinationOptions::default() },
         json: cli.json,
     });
     say(format_args!("control socket {}", control.display()));
@@ -76,6 +87,7 @@ fn tell(end: &End) -> ExitCode {
         End::Moved(uri) => (format!("the machine has moved on to {uri}"), ExitCode::SUCCESS),
         End::PoweredOff(why) => (format!("the guest has powered off: {why}"), ExitCode::SUCCESS),
         End::Stopped(cause) => (cause.to_string(), ExitCode::SUCCESS),
+        End::Lost(why) => (format!("the machine is not this host's and was dropped: {why}"), ExitCode::from(EXIT_LOST)),
         End::Faulted(text) => (format!("the guest cannot be run on: {text}"), ExitCode::from(EXIT_INTERNAL)),
     };
     say(line);

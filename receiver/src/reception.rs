@@ -87,9 +87,12 @@ impl Reception {
         let mut host = KvmHost::new(self.host.clone());
         let observer = Arc::new(IncomingObserver(self.keeper.clone()));
         match receive(control, &mut data, &mut host, &self.options, observer) {
-            DestinationOutcome::Owned { machine, running, report } => {
+            DestinationOutcome::Owned { machine, running, holding, report } => {
                 let machine = machine.into_machine();
                 let name = machine.config().name.clone();
+                if let Some(holding) = holding {
+                    self.keeper.hold(holding);
+                }
                 if let Err(error) = self.keeper.adopt(machine, true) {
                     tracing::error!("the machine's own events cannot be heard: {error}");
                 }
@@ -97,6 +100,7 @@ impl Reception {
                 say(format_args!("the machine `{name}` from {peer} {state}"));
                 self.keeper.publish("GODWIT_ARRIVED", json!({ "name": name, "running": running, "report": report }));
             }
+            DestinationOutcome::Dropped(why) => self.keeper.lost(&why),
             DestinationOutcome::Ended(why) => {
                 say(format_args!("{why}; listening again"));
                 self.keeper.incoming_failed(&why);

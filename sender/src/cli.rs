@@ -1,10 +1,12 @@
 //! The command line.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_control::console::{DEFAULT_NAME, LogArgs, default_control_path};
 use godwit_control::units::{Bandwidth, OrNone, Span};
+use godwit_core::ownership::Name;
 use godwit_vmm::workload::Rate;
 
 use crate::machine_args::MachineArgs;
@@ -26,6 +28,8 @@ pub(crate) struct Cli {
 pub(crate) enum Verb {
     /// Boot a machine and keep it until it ends or has moved
     Run(Box<RunArgs>),
+    /// Look at a machine's claims
+    Ownership(OwnershipArgs),
     #[command(flatten)]
     Client(Box<ClientVerb>),
 }
@@ -86,6 +90,8 @@ pub(crate) struct RunArgs {
     pub(crate) file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) claims: ClaimArgs,
     /// Where to answer control commands [default: /run/godwit/NAME.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
@@ -98,6 +104,36 @@ pub(crate) struct RunArgs {
     /// Write the workload guest as an ELF file that other VMMs boot too, and exit
     #[arg(long, value_name = "FILE")]
     pub(crate) export_elf: Option<PathBuf>,
+}
+
+/// Whose a machine is.
+#[derive(Debug, Args)]
+pub(crate) struct ClaimArgs {
+    /// Where the machine's claims lie, a folder that all its hosts share; `none`: there are none [default: beside the first disk that is
+    /// written, DISK.godwit; without one, none]
+    #[arg(long, value_name = "DIR|none", help_heading = "Ownership")]
+    pub(crate) ownership: Option<PathBuf>,
+    /// This host's name in claims [default: its machine-id]
+    #[arg(long, value_name = "NAME", help_heading = "Ownership")]
+    pub(crate) host_id: Option<Name>,
+    /// I have made sure that the machine's owner is dead: take it over. With an epoch, only if that one is still the newest
+    #[arg(long, value_name = "EPOCH", num_args = 0..=1, require_equals = true, help_heading = "Ownership")]
+    pub(crate) take_ownership: Option<Option<NonZeroU64>>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OwnershipArgs {
+    #[command(subcommand)]
+    pub(crate) action: OwnershipAction,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum OwnershipAction {
+    /// Print every claim in a claim directory, the newest last
+    Show {
+        /// The claim directory
+        directory: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -152,9 +188,9 @@ pub(crate) struct MigrateArgs {
     /// After the handover, hash the stopped source's memory once more against what was sent
     #[arg(long)]
     pub(crate) audit: bool,
-    /// Who decides which host owns the machine: `none`, as without disks there is no shared storage
+    /// Insist that nothing on shared storage decides whose the machine is: refused if it was started with claims
     #[arg(long, value_name = "none", value_parser = ["none"])]
-    ownership: Option<String>,
+    pub(crate) ownership: Option<String>,
     /// Allow clear text off loopback
     #[arg(long)]
     pub(crate) insecure: bool,

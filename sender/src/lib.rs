@@ -8,12 +8,13 @@ mod guest;
 mod interrupt;
 mod machine_args;
 mod migrate;
+mod ownership;
 mod run;
 
 use std::process::ExitCode;
 
 use clap::Parser;
-use godwit_control::console::{EXIT_INTERNAL, EXIT_USAGE, say};
+use godwit_control::console::{EXIT_INTERNAL, EXIT_REFUSED, EXIT_USAGE, say};
 
 use crate::cli::{Cli, Verb};
 
@@ -23,6 +24,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.verb {
         Verb::Run(run) => run::run(run, &cli.log, cli.json),
+        Verb::Ownership(args) => ownership::show(args, cli.json),
         Verb::Client(verb) => cli.log.start().map_err(Failure::from).and_then(|()| client::execute(verb, cli.json)),
     };
     result.unwrap_or_else(|failure| failure.tell())
@@ -33,6 +35,8 @@ pub fn main() -> ExitCode {
 enum Failure {
     /// It cannot be meant like that.
     Usage(String),
+    /// It may not be done, and nothing was.
+    Refused(String),
     /// Something went wrong.
     Internal(anyhow::Error),
 }
@@ -43,6 +47,10 @@ impl Failure {
             Failure::Usage(text) => {
                 say(format_args!("error: {text}"));
                 ExitCode::from(EXIT_USAGE)
+            }
+            Failure::Refused(text) => {
+                say(format_args!("refused: {text}"));
+                ExitCode::from(EXIT_REFUSED)
             }
             Failure::Internal(error) => {
                 say(format_args!("error: {}", godwit_control::error_chain(error.as_ref())));

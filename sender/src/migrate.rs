@@ -15,22 +15,24 @@ use crate::cli::{MigrateArgs, OnStallArg, Switch};
 use crate::follow::{OnInterrupt, follow};
 use crate::interrupt::Interrupts;
 
-/// Machines have no disks yet, so that there is only this way.
-const OWNERSHIP_NONE: &str = "ownership none (this version keeps no record of owners on shared storage): should the network \
-                              break during the handover, a person decides which host has the machine";
+/// What that means.
+const OWNERSHIP_NONE: &str = "ownership none (the machine has no claims on shared storage): should the network break during the \
+                              handover, a person decides which host has the machine";
 
 /// Moves the machine, or only looks whether it could be moved.
 pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failure> {
     let uri = checked_uri(args)?;
     let parameters = parameters(args)?;
     let mut client = Client::connect(&args.control.path())?;
-    say(OWNERSHIP_NONE);
     let mut request = json!({
         "uri": uri,
         "parameters": parameters,
         "dry-run": args.dry_run,
         "pause-before-switchover": args.pause_before_switchover,
     });
+    if let Some(ownership) = &args.ownership {
+        request["ownership"] = json!(ownership);
+    }
     if let Some(phase) = args.test_hold_at {
         request["hold-at"] = json!(phase);
     }
@@ -42,6 +44,10 @@ pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failur
         Err(error) => return Err(error.into()),
     };
     let number = started.get("move").and_then(Value::as_u64).unwrap_or(0);
+    match (started["ownership"]["directory"].as_str(), &started["ownership"]["epoch"]) {
+        (Some(directory), epoch) => say(format_args!("ownership: claims in {directory}, now epoch {epoch}")),
+        (None, _) => say(OWNERSHIP_NONE),
+    }
     if args.detach {
         say(format_args!("move {number} to {uri} is running; `godwit-sender status --watch` joins it"));
         if json {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use godwit_control::console::{EXIT_INTERNAL, LogArgs, default_control_path, events_to_stdout, out, say};
+use godwit_control::console::{EXIT_INTERNAL, EXIT_LOST, LogArgs, default_control_path, events_to_stdout, out, say};
 use godwit_control::keeper::{End, Keeper};
 use godwit_control::parameters::Settings;
 use godwit_control::qmp::Hub;
@@ -14,8 +14,8 @@ use godwit_vmm::config::{GuestKind, SerialTarget};
 use godwit_vmm::{BootOptions, Machine, MachineConfig, workload};
 use serde_json::json;
 
-use crate::Failure;
 use crate::cli::RunArgs;
+use crate::{Failure, ownership};
 
 /// Boots the machine and keeps it.
 pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode, Failure> {
@@ -35,10 +35,21 @@ pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode,
     if json {
         events_to_stdout(&hub)?;
     }
-    let machine = Machine::boot(&config, &BootOptions { start_paused: args.paused })
-        .with_context(|| format!("cannot boot the machine `{}`", config.name))?;
-    let settings = Settings { insecure: args.insecure, ..Settings::default() };
+    let holding = ownership::claim(&args.claims, &config)?;
+    let machine = Machine::boot(&config, &BootOptions { start_paused: args.paused });
+    if let (Err(_), Some(holding)) = (&machine, &holding) {
+        // Nothing has run: whoever can boot it may.
+        ownership::free(holding);
+    }
+    let machine = machine.with_context(|| format!("cannot boot the machine `{}`", config.name))?;
+    let mut settings = Settings { insecure: args.insecure, ..Settings::default() };
+    if let Some(name) = &args.claims.host_id {
+        settings.options.host_name = name.to_string();
+    }
     let keeper = Keeper::start(socket, &config.name, settings, hub.clone())?;
+    if let Some(holding) = holding {
+        keeper.handle().hold(holding);
+    }
     keeper.handle().adopt(machine, false)?;
     let control = control.display();
     hub.publish(
@@ -82,6 +93,7 @@ fn tell(end: &End) -> ExitCode {
         End::Moved(uri) => (format!("the machine has moved to {uri}"), ExitCode::SUCCESS),
         End::PoweredOff(why) => (format!("the guest has powered off: {why}"), ExitCode::SUCCESS),
         End::Stopped(cause) => (format!("the machine was {cause}"), ExitCode::SUCCESS),
+        End::Lost(why) => (format!("the machine is not this host's and was dropped: {why}"), ExitCode::from(EXIT_LOST)),
         End::Faulted(text) => (format!("the guest cannot be run on: {text}"), ExitCode::from(EXIT_INTERNAL)),
     };
     say(line);

@@ -179,6 +179,11 @@ fn take_ownership(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answ
     {
         let mut state = shared.state();
         match &state.ownership {
+            // What the claims decide no word of a person decides: the guest may have run there.
+            Ownership::Undecided(_) if state.holding.is_some() => {
+                drop(state);
+                return resume(shared);
+            }
             Ownership::Undecided(uri) => {
                 tracing::warn!("a person says that {uri} does not run the guest: it runs on here");
                 state.ownership = Ownership::Here;

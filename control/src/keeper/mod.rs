@@ -25,6 +25,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use godwit_core::ownership::Holding;
 use godwit_core::source::CancelError;
 use godwit_core::{HangUp, Phase};
 use godwit_vmm::{Machine, MachineEvent};
@@ -40,6 +41,9 @@ use crate::qmp::{Hub, Server};
 
 /// How long clients are given to read what is left when the process ends.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the claim store may take to be told that the machine is free.
+const FREE_LIMIT: Duration = Duration::from_secs(5);
 
 /// After a move: for so long at least its end can still be asked for,
 const LINGER: Duration = Duration::from_millis(300);
@@ -58,6 +62,8 @@ pub enum End {
     PoweredOff(String),
     /// The guest could not be run on.
     Faulted(String),
+    /// By its claims the machine is another's: what was here of it is dropped.
+    Lost(String),
     /// Somebody asked for it.
     Stopped(StopCause),
 }
@@ -129,6 +135,7 @@ impl Keeper {
         match wake {
             Wake::Machine(event) => self.machine_event(event),
             Wake::MoveEnded => self.move_ended(),
+            Wake::Lost(why) => Some(End::Lost(why)),
             Wake::Quit => self.asked_to_end(StopCause::Client),
             Wake::Signal => self.signalled(),
         }
@@ -220,12 +227,23 @@ impl Keeper {
                 hub.publish("GODWIT_FAULT", json!({ "text": text }));
                 hub.publish("SHUTDOWN", shutdown(true, "guest-panic"));
             }
+            End::Lost(text) => {
+                hub.publish("GODWIT_LOST", json!({ "text": text }));
+                hub.publish("SHUTDOWN", shutdown(false, "host-error"));
+            }
             End::Stopped(StopCause::Client) => hub.publish("SHUTDOWN", shutdown(false, "host-qmp-quit")),
             End::Stopped(StopCause::Signal) => hub.publish("SHUTDOWN", shutdown(false, "host-signal")),
         }
         let machine = self.shared.state().machine.clone();
         if let Some(machine) = machine {
             machine.stop();
+        }
+        // Only now: nobody here will write to its disks any more. After a fault that is not sure.
+        let holding = self.shared.state().holding.clone();
+        if let (Some(holding), End::PoweredOff(_) | End::Stopped(_)) = (holding, end)
+            && let Err(why) = holding.free(FREE_LIMIT)
+        {
+            tracing::error!("other hosts cannot see that the machine is free: {why}");
         }
         hub.drain(DRAIN_LIMIT);
     }
@@ -267,6 +285,18 @@ impl KeeperHandle {
             self.0.hub.publish("RESUME", Value::Null);
         }
         Ok(())
+    }
+
+    /// The machine that is about to be adopted has claims.
+    pub fn hold(&self, holding: Arc<Holding>) {
+        self.0.state().holding = Some(holding);
+    }
+
+    /// The machine that was coming in is another's, by its claims: the process has nothing to keep.
+    pub fn lost(&self, why: &str) {
+        self.0.state().incoming = None;
+        self.0.hub.publish("MIGRATION", json!({ "status": "failed" }));
+        let _ = self.0.wake.send(Wake::Lost(why.to_owned()));
     }
 
     /// A machine begins to come in from `peer`; `hang_up` turns it away.

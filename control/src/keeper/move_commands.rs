@@ -48,6 +48,9 @@ pub(super) fn godwit_migrate(shared: &Arc<Shared>, command: &str, given: Argumen
         pause_before_switchover: bool,
         #[serde(default)]
         hold_at: Option<Phase>,
+        /// `none`: only if the machine has no claims.
+        #[serde(default)]
+        ownership: Option<String>,
     }
     let migrate: Migrate = arguments(command, given)?;
     let mut settings = shared.state().settings.clone();
@@ -55,12 +58,21 @@ pub(super) fn godwit_migrate(shared: &Arc<Shared>, command: &str, given: Argumen
     if let Some(channels) = migrate.parameters.multifd_channels {
         settings.multifd = channels > 1;
     }
+    let holding = shared.state().holding.clone();
+    if let (Some(holding), Some(_)) = (&holding, &migrate.ownership) {
+        return Err(QmpError::generic(format!(
+            "--ownership none: the machine was started with claims, in {}, and moves with them",
+            holding.directory().display()
+        )));
+    }
     let number = Move::start(shared, &migrate.uri, &settings, |options| {
         options.dry_run = migrate.dry_run;
         options.pause_before_switchover |= migrate.pause_before_switchover;
         options.hold_at = migrate.hold_at;
     })?;
-    Ok(json!({ "move": number }))
+    let ownership =
+        holding.map(|holding| json!({ "directory": holding.directory(), "epoch": holding.claim().epoch.get() }));
+    Ok(json!({ "move": number, "ownership": ownership }))
 }
 
 pub(super) fn cancel(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {

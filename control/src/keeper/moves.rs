@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use godwit_core::ownership::{Holding, Settlement};
 use godwit_core::progress::{Event, Observer, Progress};
 use godwit_core::source::{CancelError, SourceMigration, SourceOptions};
 use godwit_core::{Phase, SourceMachine};
@@ -44,6 +45,7 @@ impl Move {
         let dial = godwit_transport::connect(&uri, godwit_transport::Options { insecure: settings.insecure })
             .map_err(|error| QmpError::generic(error.to_string()))?;
         let mut options = settings.source_options();
+        options.ownership = shared.state().holding.clone();
         adjust(&mut options);
 
         let number = shared.state().move_count + 1;
@@ -59,7 +61,7 @@ impl Move {
         drop(state);
         let watched = Arc::clone(&started);
         let shared = Arc::clone(shared);
-        thread::Builder::new().name("move".into()).spawn(move || watched.watch(&shared, &machine)).map_err(
+        thread::Builder::new().name("move".into()).spawn(move || watched.watch_and_settle(&shared, &machine)).map_err(
             |error| {
                 let _ = started.engine.cancel();
                 QmpError::generic(format!("cannot start a thread: {error}"))
@@ -108,7 +110,17 @@ impl Move {
         self.engine.progress().phase.is_some_and(Phase::guest_paused)
     }
 
-    fn watch(&self, shared: &Shared, machine: &Machine) {
+    fn watch_and_settle(&self, shared: &Shared, machine: &Machine) {
+        self.watch();
+        self.settle(shared, machine);
+        let undecided = self.outcome().is_some_and(|outcome| outcome.outcome == OutcomeKind::Unknown);
+        let holding = shared.state().holding.clone().filter(|_| undecided);
+        if let Some(holding) = holding {
+            self.settle_by_claims(&holding, shared, machine);
+        }
+    }
+
+    fn watch(&self) {
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
             let ticker = scope.spawn(|| {
@@ -124,13 +136,17 @@ impl Move {
             ended.store(true, Ordering::Release);
             ticker.thread().unpark();
         });
-        self.settle(shared, machine);
     }
 
     /// Draws the consequences of the end.
     fn settle(&self, shared: &Shared, machine: &Machine) {
         let ended = self.engine.wait();
-        let outcome = Outcome::new(self.number, &self.uri, &ended, condition(machine.status()));
+        let mut outcome = Outcome::new(self.number, &self.uri, &ended, condition(machine.status()));
+        if outcome.outcome == OutcomeKind::Unknown
+            && let Some(holding) = &shared.state().holding
+        {
+            outcome.state = undecided(&self.uri, holding);
+        }
         tracing::info!("move {}: {}", self.number, outcome.headline());
         {
             let mut state = shared.state();
@@ -152,6 +168,53 @@ impl Move {
         // Nobody listens only if the process is ending anyway.
         let _ = shared.wake.send(Wake::MoveEnded);
     }
+}
+
+impl Move {
+    /// The command that asked for the move has been told that it is unknown; this process goes on until the claims say who has the
+    /// machine.
+    fn settle_by_claims(&self, holding: &Holding, shared: &Shared, machine: &Machine) {
+        let settlement = holding.settle(None, |text| {
+            tracing::warn!("{text}");
+            self.teller.publish("GODWIT_DECISION", json!({ "text": text }));
+        });
+        let _operation = shared.operation();
+        match settlement {
+            Settlement::Resumed(epoch) => {
+                tracing::warn!("the destination had not claimed the machine: claimed back, epoch {epoch}; it is here");
+                shared.state().ownership = Ownership::Here;
+                if self.teller.was_running {
+                    match machine.resume() {
+                        Ok(()) => self.teller.resumed(),
+                        Err(error) => tracing::error!("the guest cannot run on: {}", crate::error_chain(&error)),
+                    }
+                }
+            }
+            Settlement::Moved => {
+                tracing::warn!("the claims show that the guest has run at {}", self.uri);
+                shared.state().ownership = Ownership::Moved(self.uri.clone());
+                machine.stop();
+                let _ = shared.wake.send(Wake::MoveEnded);
+            }
+            Settlement::Superseded(record) => {
+                let text =
+                    format!("it was started anew elsewhere, and the copy here is out of date: {}", record.occupant);
+                let _ = shared.wake.send(Wake::Lost(text));
+            }
+            // The process is ending.
+            Settlement::Undecided(_) => {}
+        }
+    }
+}
+
+/// What state the guest is in while only the claims know who has it.
+fn undecided(uri: &str, holding: &Holding) -> String {
+    format!(
+        "the guest is paused here, and {uri} may be running it: this process watches the claims in {dir} and ends by itself once they \
+         show that it has run there, or lets it run here if they give it back. Look at them (`godwit-sender ownership show {dir}`); only if \
+         their owner is dead: `quit` here, then `run --take-ownership`, which boots the machine anew from its disks",
+        dir = holding.directory().display()
+    )
 }
 
 /// How a guest is that is still here, for a sentence.

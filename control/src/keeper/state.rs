@@ -3,6 +3,7 @@
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use godwit_core::ownership::Holding;
 use godwit_core::{HangUp, Phase};
 use godwit_vmm::{Machine, MachineEvent, MachineStatus};
 
@@ -16,6 +17,8 @@ pub(super) enum Wake {
     Machine(MachineEvent),
     /// A move has ended, in either direction.
     MoveEnded,
+    /// The machine is another's, by its claims; what happened.
+    Lost(String),
     /// A client wants the process to end.
     Quit,
     /// SIGTERM or SIGINT.
@@ -41,6 +44,8 @@ pub(super) struct State {
     /// The move that is running, or else the last one.
     pub(super) last_move: Option<Arc<Move>>,
     pub(super) ownership: Ownership,
+    /// The machine's claims, if it has any.
+    pub(super) holding: Option<Arc<Holding>>,
     /// A machine that is coming in.
     pub(super) incoming: Option<Incoming>,
     /// Whether the machine came from another host.
@@ -74,6 +79,7 @@ impl Shared {
             move_count: 0,
             last_move: None,
             ownership: Ownership::Here,
+            holding: None,
             incoming: None,
             arrived: false,
         };
@@ -104,8 +110,18 @@ impl Shared {
             return Err(QmpError::generic(format!("the machine is being moved to {}: cancel that first", current.uri)));
         }
         match &state.ownership {
+            Ownership::Here if state.holding.as_ref().is_some_and(|holding| !holding.may_run()) => {
+                return Err(QmpError::generic("this process has no right to run the machine: its claims say so"));
+            }
             Ownership::Here => {}
             Ownership::Moved(uri) => return Err(QmpError::generic(format!("the machine has moved to {uri}"))),
+            Ownership::Undecided(uri) if state.holding.is_some() => {
+                return Err(QmpError::generic(format!(
+                    "the guest stays paused: {uri} may be running it. The claims decide, and this process watches them \
+                     (`godwit-sender ownership show`); only if their owner is dead: `quit`, then `run --take-ownership`, which \
+                     boots the machine anew from its disks"
+                )));
+            }
             Ownership::Undecided(uri) => {
                 return Err(QmpError::generic(format!(
                     "the guest stays paused: {uri} may be running it. Only if it does not run there and never will: \
