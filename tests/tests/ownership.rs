@@ -11,9 +11,11 @@ use anyhow::{Context, Result, ensure};
 use godwit_core::Phase;
 use godwit_tests::godwit::{Ended, Node};
 use godwit_tests::harness::{self, Need, Scene, binary};
+use godwit_tests::netns::Hosts;
 use godwit_tests::process::Process;
 use godwit_tests::wait;
 use godwit_tests::workload::Workload;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -41,6 +43,8 @@ fn main() {
         harness::test("a_receiver_that_sees_other_claims_refuses", kvm, a_receiver_that_sees_other_claims_refuses),
         harness::test("cancelling_in_the_pause_keeps_the_epoch", kvm, cancelling_in_the_pause_keeps_the_epoch),
         harness::test("a_receiver_killed_before_its_claim", kvm, a_receiver_killed_before_its_claim),
+        harness::test("a_receiver_that_wakes_too_late_drops", kvm, a_receiver_that_wakes_too_late_drops),
+        harness::test("running_lost_is_seen_in_the_claims", &[Need::Kvm, Need::Root], running_lost),
         harness::test("a_claim_without_a_sign_of_life_is_watched", kvm, a_claim_without_a_sign_of_life_is_watched),
         harness::test("a_machine_started_anew_elsewhere_ends_the_copy", kvm, started_anew_elsewhere),
         harness::test("a_store_that_is_away_in_the_handover", kvm, a_store_that_is_away_in_the_handover),
@@ -242,6 +246,40 @@ fn a_receiver_killed_before_its_claim(scene: &Scene) -> Result<()> {
     let next = shared.receiver("next", "kvm3")?;
     held.source.move_to(&next.uri()?, &[], LIMIT)?.ensure_moved(&next, &WORKLOAD)?;
     shared.ensure_newest(3, "kvm3")
+}
+
+/// *Commit* has arrived and waits in a stopped process; the source has long gone on.
+fn a_receiver_that_wakes_too_late_drops(scene: &Scene) -> Result<()> {
+    let shared = Shared::new(scene);
+    let mut held = Held::at(&shared, Phase::Commit, &["--handover-timeout", "1s"])?;
+    held.destination.process.signal(Signal::SIGSTOP)?;
+    held.release()?;
+    Ended::wait(&mut held.command, LIMIT)?.ensure_code(4)?.ensure_says(&["claimed back, epoch 2"])?;
+    held.source.ensure_guest_runs(WORKLOAD.vcpus)?;
+    held.destination.process.signal(Signal::SIGCONT)?;
+    ensure!(exit_code(&mut held.destination.process)? == 7, "{}", held.destination.process.stderr());
+    ensure!(held.destination.process.stderr().contains("host kvm1"), "it does not say who has the machine");
+    held.source.ensure_guest_unharmed(&WORKLOAD)?;
+    shared.ensure_newest(2, "kvm1")
+}
+
+/// *Running* does not come through, the marker on the storage does.
+fn running_lost(scene: &Scene) -> Result<()> {
+    let shared = Shared::new(scene);
+    let hosts = Hosts::new(2)?;
+    let more = ["--ownership", shared.claims()?, "--host-id", "kvm1"];
+    let mut source = Node::sender(scene, "kvm1", Some(hosts.host(0)), &WORKLOAD, &more)?;
+    let more = ["--ownership", shared.claims()?, "--host-id", "kvm2", "--insecure"];
+    let listen = format!("tcp://{}:0", hosts.address(1, 0));
+    let destination = Node::receiver(scene, "kvm2", Some(hosts.host(1)), &listen, &more)?;
+    let mut command =
+        source.start_move(&destination.uri()?, &["--test-hold-at", "commit", "--handover-timeout", "3s"])?;
+    source.wait_for_phase("commit", LIMIT)?;
+    hosts.lose(1, 0)?;
+    source.command(&["release"], &[], LIMIT)?.ensure_code(0)?;
+    Ended::wait(&mut command, LIMIT)?.ensure_moved(&destination, &WORKLOAD)?;
+    ensure!(exit_code(&mut source.process)? == 0, "the source ends: its machine has moved");
+    shared.ensure_newest(2, "kvm2")
 }
 
 /// The destination died between its claim and its marker, as far as anybody can tell.
