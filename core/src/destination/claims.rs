@@ -9,7 +9,7 @@ use crate::machine::Refusal;
 use crate::message::SharedClaims;
 use crate::ownership::destination::{Action, DestinationHandover, Input};
 use crate::ownership::directory::DirectoryStore;
-use crate::ownership::store::Occupant;
+use crate::ownership::store::{ClaimStore, Occupant};
 use crate::ownership::timed::Timed;
 use crate::ownership::{CALL_LIMIT, Claim, Epoch, Holding, Host, Marker, Nonce, RETRY_GAP, RightToRun, Rules};
 
@@ -126,6 +126,8 @@ fn look(options: &ClaimOptions, named: &Path, source: &Claim) -> Result<PathBuf,
     let taken = |store: &DirectoryStore| Some(store.record(source.epoch.next()?).ok()??.occupant);
     for directory in candidates {
         let store = DirectoryStore::new(&directory);
+        // A listing makes a network file system look again for what it remembers as missing.
+        let _ = store.newest();
         match store.record(source.epoch) {
             Ok(Some(record)) if record.occupant == Occupant::Claim(source.clone()) => match taken(&store) {
                 Some(occupant) => reasons.push(format!("the machine was claimed after the source: {occupant}")),
@@ -150,7 +152,6 @@ fn look(options: &ClaimOptions, named: &Path, source: &Claim) -> Result<PathBuf,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ownership::store::ClaimStore;
 
     #[test]
     fn only_the_same_store_in_an_allowed_place_will_do() {
