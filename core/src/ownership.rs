@@ -12,7 +12,7 @@
 //! | [`source`], [`destination`] | the rules of a handover, at either end |
 //! | [`start`] | the rules by which a machine may be started at all |
 //! | [`instance`], [`host`] | whether a process of this host that made a claim still lives; this one |
-//! | [`begin`], [`holding`] | the rules in life: a start, and what a process holds of a machine |
+//! | [`mod@begin`], [`holding`] | the rules in life: a start, and what a process holds of a machine |
 //!
 //! The three rules modules are state machines without I/O, threads or a clock: they are given inputs and answer with
 //! actions. The same ones run in life and in the model check.
