@@ -32,6 +32,7 @@ pub mod ownership;
 pub mod pacer;
 pub mod pending;
 pub mod phase;
+pub mod plants;
 pub mod policy;
 pub mod progress;
 pub mod source;

@@ -12,6 +12,7 @@
 //! | [`source`], [`destination`] | the rules of a handover, at either end |
 //! | [`start`] | the rules by which a machine may be started at all |
 //! | [`instance`], [`host`] | whether a process of this host that made a claim still lives; this one |
+//! | [`modelled`] | a store in memory, for models and simulations |
 //! | [`mod@begin`], [`holding`] | the rules in life: a start, and what a process holds of a machine |
 //!
 //! The three rules modules are state machines without I/O, threads or a clock: they are given inputs and answer with
@@ -24,6 +25,7 @@ pub mod directory;
 pub mod holding;
 pub mod host;
 pub mod instance;
+pub mod modelled;
 pub mod source;
 pub mod start;
 pub mod store;

@@ -375,6 +375,7 @@ fn dropped(why: &Dropped) -> String {
         Dropped::WrongEpoch(epoch) => format!("the source handed over epoch {epoch}, which does not follow its own"),
         Dropped::Taken(occupant) => format!("the machine was claimed by another: {occupant}"),
         Dropped::CannotClaim(why) => format!("the machine cannot be claimed: {why}"),
+        Dropped::Abandoned => "a person has said that this copy is never to run".into(),
     }
 }
 

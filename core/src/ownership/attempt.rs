@@ -1,8 +1,9 @@
 //! One attempt to claim an epoch: the only place where a right to run a machine comes from.
 
 use super::claim::{Claim, Epoch};
-use super::rules::{Plant, Rules};
+use super::rules::Rules;
 use super::store::{ClaimAnswer, Occupant};
+use crate::plants::Plant;
 
 /// The right to run a machine's guest in an epoch.
 ///

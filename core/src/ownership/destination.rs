@@ -3,7 +3,7 @@
 //! ```text
 //!         loaded          commit             claim won             started
 //!  loading ────→ waiting ──────────→ claiming ──────────→ starting ─────────→ marking ──→ over: it is ours
-//!    │ link lost    │ link lost         │ claim taken
+//!    │ link lost    │ link lost         │ claim taken, abandoned by a person
 //!    └──────────────┴───────────────────┴─→ over: dropped
 //! ```
 //!
@@ -12,8 +12,9 @@
 
 use super::attempt::{Attempt, RightToRun, Verdict};
 use super::claim::{Claim, Claimant, Epoch, Marker, Nonce};
-use super::rules::{Plant, Rules};
+use super::rules::Rules;
 use super::store::{ClaimAnswer, MarkAnswer, Occupant};
+use crate::plants::Plant;
 
 /// What the destination is told.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub enum Input {
     Commit(Epoch, Nonce),
     /// The source is lost, or has called the move off.
     Lost,
+    /// A person says that the copy here is never to run. The claim may still take effect: it is then as if this end had died.
+    Abandon,
     /// The answer to [`Action::Claim`], in time or late.
     Claimed(ClaimAnswer),
     /// The guest runs.
@@ -68,6 +71,8 @@ pub enum Dropped {
     Taken(Occupant),
     /// The claim could not be made, and nothing is left in doubt; why.
     CannotClaim(String),
+    /// A person has said that it is never to run here. The claim may be this end's or become so.
+    Abandoned,
 }
 
 /// The destination's side of one handover.
@@ -137,6 +142,7 @@ impl DestinationHandover {
 
             (State::Claiming(attempt), Input::Claimed(answer)) => self.claimed(attempt, answer),
             (State::Claiming(attempt), Input::Retry) => self.claim(attempt),
+            (State::Claiming(_), Input::Abandon) => (State::Over, vec![Action::Drop(Dropped::Abandoned)]),
 
             (State::Starting(epoch), Input::Started) => {
                 let mark = Action::Mark(epoch, Marker::Running);

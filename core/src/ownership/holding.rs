@@ -4,7 +4,6 @@
 //! One lock guards all of it, and it is not held during calls to the store: whoever asks whether the guest may run gets an
 //! answer at once.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +15,7 @@ use super::claim::{Claim, Claimant, Epoch, Marker, Nonce};
 use super::host::Host;
 use super::rules::Rules;
 use super::source::{Action, Input, Nonces, Report, SourceHandover};
-use super::store::{MarkAnswer, Record};
+use super::store::{MarkAnswer, Reading, Record};
 use super::timed::Timed;
 use super::{CALL_LIMIT, RETRY_GAP};
 
@@ -26,9 +25,14 @@ const TELL_GAP: Duration = Duration::from_secs(5);
 /// A machine's claims, as the process that has it sees them.
 pub struct Holding {
     directory: PathBuf,
-    store: Timed,
     me: Claimant,
     now: Mutex<Now>,
+    life: Option<Life>,
+}
+
+/// What there is only in life.
+struct Life {
+    store: Timed,
     /// The process counts as alive for as long as it holds a machine.
     _host: Arc<Host>,
 }
@@ -37,6 +41,8 @@ struct Now {
     /// Ours, the last that was won.
     claim: Claim,
     state: State,
+    /// A person's word about the owner of this epoch, not yet taken up.
+    forced: Option<Epoch>,
 }
 
 enum State {
@@ -48,8 +54,21 @@ enum State {
     Moved,
     /// It was claimed anew, from where it had moved to.
     Superseded(Box<Record>),
-    /// It was ended here.
+    /// It was ended here, or given up by a person.
     Ended,
+}
+
+/// What is to be done next to find out who has the machine.
+#[derive(Debug)]
+pub enum Next {
+    /// Claim; the answer is [`Input::Claimed`].
+    Claim(Claim),
+    /// Look up the newest claim; the answer is [`Input::Seen`].
+    Look,
+    /// Give [`Input::Retry`] after [`RETRY_GAP`].
+    Wait,
+    /// Nothing: this is how it stands.
+    Settled(Settlement),
 }
 
 /// How a handover stands.
@@ -68,8 +87,13 @@ pub enum Settlement {
 impl Holding {
     /// The machine of `claim`, which was won with `right`.
     pub fn new(directory: PathBuf, store: Timed, host: Arc<Host>, claim: Claim, right: RightToRun) -> Self {
+        Self { life: Some(Life { store, _host: host }), ..Self::modelled(directory, claim, right) }
+    }
+
+    /// The same without a store: whoever simulates one asks it what [`Holding::settling`] says.
+    pub fn modelled(directory: PathBuf, claim: Claim, right: RightToRun) -> Self {
         let me = claim.claimant.clone();
-        Self { directory, store, me, now: Mutex::new(Now { claim, state: State::Held(right) }), _host: host }
+        Self { directory, me, now: Mutex::new(Now { claim, state: State::Held(right), forced: None }), life: None }
     }
 
     /// Where the claims are.
@@ -85,6 +109,14 @@ impl Holding {
     /// Whether the guest may run here.
     pub fn may_run(&self) -> bool {
         matches!(self.now().state, State::Held(_))
+    }
+
+    /// The newest claim, as the store shows it now.
+    pub fn newest(&self, limit: Duration) -> Reading {
+        match &self.life {
+            Some(Life { store, .. }) => store.newest(limit),
+            None => Reading::Unknown("there is no store to ask".into()),
+        }
     }
 
     /// The guest has been paused to be handed over: its right to run is taken from it. Does nothing if that has been done.
@@ -122,48 +154,81 @@ impl Holding {
         }
     }
 
-    /// The destination is lost after *commit*, or has been for a while: finds out from the store who has the machine, until then at the
-    /// latest if there is an end to it. May be called again as long as it is undecided.
+    /// A person says that the owner of `epoch` is dead and has never run the guest. Whoever is in [`Holding::settle`] takes this up: the
+    /// store is asked once more, and the guest may run here if the next epoch is won. Nothing comes of it if the store does not answer.
+    pub fn force(&self, epoch: Epoch) {
+        self.now().forced = Some(epoch);
+    }
+
+    /// A person says that the copy here is never to run: from now on it has no way to. Does nothing, and gives `false`, unless it has
+    /// been handed over and nobody knows yet who has it.
+    pub fn abandon(&self) -> bool {
+        let mut now = self.now();
+        let in_doubt = matches!(&now.state, State::Handing(handover, _) if !handover.before_commit());
+        if in_doubt {
+            now.state = State::Ended;
+        }
+        in_doubt
+    }
+
+    /// The destination is lost after *commit*, or has been for a while: what is to be asked of the store to find out who has the machine, and
+    /// what there is to tell a person. Begins with [`Input::Lost`], and goes on with each answer.
+    pub fn settling(&self, input: Input) -> (Next, Option<String>) {
+        let mut actions = self.step(input);
+        if actions.is_empty() {
+            // It had no place: the destination has been lost before. Then it is time to ask again.
+            actions = self.step(Input::Retry);
+        }
+        let (mut next, mut told) = (Next::Wait, None);
+        for action in actions {
+            match action {
+                Action::Claim(claim) => next = Next::Claim(claim),
+                Action::Look => next = Next::Look,
+                Action::Report(report) => told = Some(text(&report)),
+                Action::Wait | Action::SendCommit(..) | Action::Resume(_) | Action::Moved | Action::Superseded(_) => {}
+            }
+        }
+        let now = self.now();
+        let settled = match &now.state {
+            State::Handing(..) => return (next, told),
+            State::Held(_) => Settlement::Resumed(now.claim.epoch),
+            State::Moved => Settlement::Moved,
+            State::Superseded(record) => Settlement::Superseded(record.clone()),
+            State::Ended => Settlement::Undecided("the machine was ended here".into()),
+        };
+        (Next::Settled(settled), told)
+    }
+
+    /// [`Holding::settling`] in life: asks, until then at the latest if there is an end to it. May be called again as long as it
+    /// is undecided.
     pub fn settle(&self, until: Option<Instant>, mut tell: impl FnMut(&str)) -> Settlement {
+        let Some(Life { store, .. }) = &self.life else {
+            return Settlement::Undecided("there is no store to ask".into());
+        };
         let mut last = String::from("the claim store has not been asked yet");
         let mut told: Option<Instant> = None;
-        // One of the two has no place, and does nothing.
-        let mut inputs = VecDeque::from([Input::Lost, Input::Retry]);
+        let mut input = Input::Lost;
         loop {
-            let input = inputs.pop_front().unwrap_or(Input::Retry);
-            for action in self.step(input) {
-                match action {
-                    Action::Claim(claim) => {
-                        inputs.clear();
-                        inputs.push_back(Input::Claimed(self.store.claim(&claim, CALL_LIMIT)));
-                    }
-                    Action::Look => {
-                        inputs.clear();
-                        inputs.push_back(Input::Seen(self.store.newest(CALL_LIMIT)));
-                    }
-                    Action::Report(report) => {
-                        let text = text(&report);
-                        if text != last || told.is_none_or(|told| told.elapsed() >= TELL_GAP) {
-                            tell(&text);
-                            told = Some(Instant::now());
-                        }
-                        last = text;
-                    }
-                    Action::Wait if until.is_some_and(|until| Instant::now() + RETRY_GAP > until) => {
-                        return Settlement::Undecided(last);
-                    }
-                    Action::Wait => thread::sleep(RETRY_GAP),
-                    Action::SendCommit(..) | Action::Resume(_) | Action::Moved | Action::Superseded(_) => {}
+            let (next, report) = self.settling(input);
+            if let Some(text) = report {
+                if text != last || told.is_none_or(|told| told.elapsed() >= TELL_GAP) {
+                    tell(&text);
+                    told = Some(Instant::now());
                 }
+                last = text;
             }
-            let now = self.now();
-            match &now.state {
-                State::Held(_) => return Settlement::Resumed(now.claim.epoch),
-                State::Moved => return Settlement::Moved,
-                State::Superseded(record) => return Settlement::Superseded(record.clone()),
-                State::Handing(..) => {}
-                State::Ended => return Settlement::Undecided(last),
-            }
+            input = match next {
+                Next::Claim(claim) => Input::Claimed(store.claim(&claim, CALL_LIMIT)),
+                Next::Look => Input::Seen(store.newest(CALL_LIMIT)),
+                Next::Wait if until.is_some_and(|until| Instant::now() + RETRY_GAP > until) => {
+                    return Settlement::Undecided(last);
+                }
+                Next::Wait => {
+                    thread::sleep(RETRY_GAP);
+                    self.now().forced.take().map_or(Input::Retry, Input::Force)
+                }
+                Next::Settled(settlement) => return settlement,
+            };
         }
     }
 
@@ -172,11 +237,11 @@ impl Holding {
     /// # Errors
     /// Why the store could not be told within `limit`.
     pub fn free(&self, limit: Duration) -> Result<(), String> {
-        let Some(right) = self.let_go() else { return Ok(()) };
-        let (epoch, until) = (right.give_up(), Instant::now() + limit);
+        let (Some(epoch), Some(Life { store, .. })) = (self.give_up(), &self.life) else { return Ok(()) };
+        let until = Instant::now() + limit;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            match self.store.mark(epoch, Marker::Free, left.min(CALL_LIMIT)) {
+            match store.mark(epoch, Marker::Free, left.min(CALL_LIMIT)) {
                 MarkAnswer::Marked => return Ok(()),
                 MarkAnswer::Unknown(why) if left <= RETRY_GAP => return Err(why),
                 MarkAnswer::Unknown(_) => thread::sleep(RETRY_GAP),
@@ -184,11 +249,12 @@ impl Holding {
         }
     }
 
-    /// The right to run, which is then no longer held here.
-    fn let_go(&self) -> Option<RightToRun> {
+    /// The machine has been ended cleanly: the guest never runs again in this epoch, to which [`Marker::Free`] is to be added. `None` if it is
+    /// not held.
+    pub fn give_up(&self) -> Option<Epoch> {
         let mut now = self.now();
         match std::mem::replace(&mut now.state, State::Ended) {
-            State::Held(right) => Some(right),
+            State::Held(right) => Some(right.give_up()),
             other => {
                 now.state = other;
                 None

@@ -18,7 +18,7 @@ use strum::VariantArray;
 use self::heal::{TURNS, heal};
 use self::world::{Budget, Control, Step, World};
 use super::Rules;
-use super::rules::Plant;
+use crate::plants::Plant;
 
 /// No check may take longer.
 const TIME_LIMIT: Duration = Duration::from_secs(120);

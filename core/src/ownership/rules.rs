@@ -1,10 +1,21 @@
 //! The rules in force. There is one set of them; tests can plant a fault.
 
+use crate::plants::Plant;
+
 /// The rules that the state machines follow.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(not(any(test, feature = "plants")), derive(Default))]
 pub struct Rules {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "plants"))]
     planted: Option<Plant>,
+}
+
+/// With the fault that is planted for this thread, if any.
+#[cfg(any(test, feature = "plants"))]
+impl Default for Rules {
+    fn default() -> Self {
+        Self { planted: crate::plants::current() }
+    }
 }
 
 impl Rules {
@@ -16,42 +27,9 @@ impl Rules {
 
     /// Whether the fault is planted. Outside of tests: no.
     pub(super) fn broken(self, plant: Plant) -> bool {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "plants"))]
         return self.planted == Some(plant);
-        #[cfg(not(test))]
-        {
-            let _ = plant;
-            false
-        }
+        #[cfg(not(any(test, feature = "plants")))]
+        crate::plants::planted(plant)
     }
-}
-
-/// Faults that the model check must find. Each is a mistake that somebody has made in earnest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(test, derive(strum::VariantArray, strum::Display), strum(serialize_all = "kebab-case"))]
-pub(super) enum Plant {
-    /// The destination claims when it is ready, not when it is told to.
-    ClaimBeforeCommit,
-    /// The destination runs the guest while its claim is on its way.
-    RunBeforeClaim,
-    /// The source resumes when the destination is lost, and claims nothing.
-    ResumeWithoutClaim,
-    /// The source looks for the destination's claim, sees none and resumes.
-    TrustAbsence,
-    /// Whoever finds its epoch taken claims the next instead.
-    ForgetEpoch,
-    /// A call that timed out counts as one that did nothing.
-    TimeoutIsFailure,
-    /// A call that timed out counts as one that succeeded.
-    TimeoutIsSuccess,
-    /// A call that did nothing clears up the doubt about an earlier one.
-    ForgetDoubt,
-    /// Our own claim, found in the store, is taken for somebody else's.
-    IgnoreOwnNonce,
-    /// The source takes the destination's claim for the guest running there.
-    ClaimIsMoved,
-    /// A restarted process runs on its predecessor's claim.
-    RunOnOldClaim,
-    /// A process starts whatever the newest claim says.
-    StartFromAnyClaim,
 }

@@ -9,16 +9,20 @@
 //!    │ running                        │ running                   │ running, marker
 //!    └────────────────────────────────┴───────────────────────────┼→ over: it has moved
 //!                                                                 │ newer epoch
-//!                                                                 └→ over: started anew elsewhere
+//!                                                                 ├→ over: started anew elsewhere
+//!                                                                 │ a person's word
+//!                                                                 └→ look once more, claim the next → resumed
 //! ```
 //!
 //! *Commit* ends the right to run in epoch e for good. From then on the only way back is to claim e + 1 before the
-//! destination does; once that has claimed it, the guest that is paused here never runs again.
+//! destination does; once that has claimed it, the guest that is paused here never runs again, unless a person knows what no
+//! protocol can: that the destination died before it ran the guest. Even then the next epoch is claimed first.
 
 use super::attempt::{Attempt, RightToRun, Verdict};
 use super::claim::{Claim, Claimant, Epoch, Nonce};
-use super::rules::{Plant, Rules};
+use super::rules::Rules;
 use super::store::{ClaimAnswer, Occupant, Reading, Record};
+use crate::plants::Plant;
 
 /// What the source is told.
 #[derive(Debug, Clone)]
@@ -31,6 +35,9 @@ pub enum Input {
     Lost,
     /// The destination says that it runs the guest, in this epoch.
     Running(Epoch),
+    /// A person says that the owner of this epoch, which was shown, is dead and has never run the guest. It is for now: if the store
+    /// does not answer, nothing comes of it.
+    Force(Epoch),
     /// The answer to [`Action::Claim`], in time or late.
     Claimed(ClaimAnswer),
     /// The answer to [`Action::Look`].
@@ -90,8 +97,19 @@ enum State {
     Paused(RightToRun, Nonces),
     Committed(Attempt),
     Claiming(Attempt),
-    Watching(Epoch, Occupant),
+    Watching(Watched),
+    /// A person's word has been taken: the store is asked once more, and then the next epoch is claimed.
+    Forcing(Watched, Option<Attempt>),
     Over,
+}
+
+/// The epoch that was passed on, and who has it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Watched {
+    epoch: Epoch,
+    occupant: Occupant,
+    /// For a claim of the epoch after it.
+    ours: Nonce,
 }
 
 /// Two random numbers, drawn for one handover.
@@ -139,7 +157,11 @@ impl SourceHandover {
             {
                 (State::Over, vec![Action::Moved])
             }
-            (State::Watching(ours, _), Input::Running(epoch)) if epoch == ours => (State::Over, vec![Action::Moved]),
+            (State::Watching(watched) | State::Forcing(watched, _), Input::Running(epoch))
+                if epoch == watched.epoch =>
+            {
+                (State::Over, vec![Action::Moved])
+            }
 
             (State::Claiming(attempt), Input::Claimed(answer)) => self.claimed(attempt, answer),
             (State::Claiming(attempt), Input::Retry) => {
@@ -149,8 +171,19 @@ impl SourceHandover {
             // Only a planted fault looks before it has claimed.
             (State::Claiming(attempt), Input::Seen(reading)) => self.trust_absence(attempt, reading),
 
-            (State::Watching(epoch, occupant), Input::Seen(reading)) => watched(epoch, occupant, reading),
-            (State::Watching(epoch, occupant), Input::Retry) => (State::Watching(epoch, occupant), vec![Action::Look]),
+            (State::Watching(watched), Input::Seen(reading)) => watched.seen(reading),
+            (State::Watching(watched), Input::Retry) => (State::Watching(watched), vec![Action::Look]),
+            (State::Watching(watched), Input::Force(epoch)) if epoch == watched.epoch => {
+                (State::Forcing(watched, None), vec![Action::Look])
+            }
+
+            (State::Forcing(watched, None), Input::Seen(reading)) => self.force(watched, reading),
+            (State::Forcing(watched, None), Input::Retry) => (State::Forcing(watched, None), vec![Action::Look]),
+            (State::Forcing(watched, Some(attempt)), Input::Claimed(answer)) => forced(watched, attempt, answer),
+            (State::Forcing(watched, Some(attempt)), Input::Retry) => {
+                let claim = attempt.claim().clone();
+                (State::Forcing(watched, Some(attempt)), vec![Action::Claim(claim)])
+            }
 
             // Late answers, and what has no place: nothing here can be decided by them.
             (state, _) => (state, Vec::new()),
@@ -182,12 +215,27 @@ impl SourceHandover {
             Verdict::Taken(_) if self.rules.broken(Plant::ClaimIsMoved) => (State::Over, vec![Action::Moved]),
             Verdict::Taken(occupant) => {
                 let report = Action::Report(Report::Taken(occupant.clone()));
-                (State::Watching(attempt.claim().epoch, occupant), vec![report, Action::Look])
+                let Claim { epoch, nonce: ours, .. } = *attempt.claim();
+                (State::Watching(Watched { epoch, occupant, ours }), vec![report, Action::Look])
             }
             Verdict::NotDone(why) | Verdict::Undecided(why) => {
                 (State::Claiming(attempt), vec![Action::Report(Report::Undecided(why)), Action::Wait])
             }
         }
+    }
+
+    /// The store has been asked once more: the person's word holds as long as nothing there says otherwise.
+    fn force(&self, watched: Watched, reading: Reading) -> (State, Vec<Action>) {
+        let next = match (&reading, watched.epoch.next()) {
+            (Reading::Newest(Some(record)), Some(next)) if record.epoch == watched.epoch && !record.has_run() => next,
+            _ => return watched.seen(reading),
+        };
+        let attempt = Attempt::new(self.me.claim(next, watched.ours), self.rules);
+        if self.rules.broken(Plant::ForceWithoutClaim) {
+            return (State::Over, vec![Action::Resume(attempt.taken_for_granted())]);
+        }
+        let claim = attempt.claim().clone();
+        (State::Forcing(watched, Some(attempt)), vec![Action::Claim(claim)])
     }
 
     fn trust_absence(&self, attempt: Attempt, reading: Reading) -> (State, Vec<Action>) {
@@ -206,17 +254,33 @@ impl SourceHandover {
     }
 }
 
-/// The epoch is another's: only a sign that the guest has run there, or that the machine has gone on, ends the wait.
-fn watched(epoch: Epoch, occupant: Occupant, reading: Reading) -> (State, Vec<Action>) {
-    let report = match reading {
-        Reading::Newest(Some(record)) if record.epoch == epoch && (record.running || record.free) => {
-            return (State::Over, vec![Action::Moved]);
+impl Watched {
+    /// The epoch is another's: only a sign that the guest has run there, or that the machine has gone on, ends the wait.
+    fn seen(self, reading: Reading) -> (State, Vec<Action>) {
+        let report = match reading {
+            Reading::Newest(Some(record)) if record.epoch == self.epoch && record.has_run() => {
+                return (State::Over, vec![Action::Moved]);
+            }
+            Reading::Newest(Some(record)) if record.epoch > self.epoch => {
+                return (State::Over, vec![Action::Superseded(Box::new(record))]);
+            }
+            Reading::Newest(_) => Report::Taken(self.occupant.clone()),
+            Reading::Unknown(why) => Report::Unreadable(why),
+        };
+        (State::Watching(self), vec![Action::Report(report), Action::Wait])
+    }
+}
+
+/// The epoch after the destination's was claimed, on a person's word.
+fn forced(watched: Watched, mut attempt: Attempt, answer: ClaimAnswer) -> (State, Vec<Action>) {
+    match attempt.answer(answer) {
+        Verdict::Won(right) => (State::Over, vec![Action::Resume(right)]),
+        // Somebody else was quicker: the next look shows who.
+        Verdict::Taken(_) => (State::Watching(watched), vec![Action::Look]),
+        Verdict::NotDone(why) => (State::Watching(watched), vec![Action::Report(Report::Undecided(why)), Action::Wait]),
+        // It may be ours already: there is no way back from here.
+        Verdict::Undecided(why) => {
+            (State::Forcing(watched, Some(attempt)), vec![Action::Report(Report::Undecided(why)), Action::Wait])
         }
-        Reading::Newest(Some(record)) if record.epoch > epoch => {
-            return (State::Over, vec![Action::Superseded(Box::new(record))]);
-        }
-        Reading::Newest(_) => Report::Taken(occupant.clone()),
-        Reading::Unknown(why) => Report::Unreadable(why),
-    };
-    (State::Watching(epoch, occupant), vec![Action::Report(report), Action::Wait])
+    }
 }

@@ -13,8 +13,9 @@
 
 use super::attempt::{Attempt, RightToRun, Verdict};
 use super::claim::{Claim, Claimant, Epoch, Nonce};
-use super::rules::{Plant, Rules};
+use super::rules::Rules;
 use super::store::{ClaimAnswer, Occupant, Reading, Record};
+use crate::plants::Plant;
 
 /// So often may another be quicker before the start is refused: somebody else is starting it too.
 const MAX_RACES: u32 = 8;

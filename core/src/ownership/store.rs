@@ -66,6 +66,14 @@ pub struct Record {
     pub free: bool,
 }
 
+impl Record {
+    /// Whether the guest is known to have run in this epoch.
+    pub fn has_run(&self) -> bool {
+        // Only who has the machine can free it.
+        self.running || self.free
+    }
+}
+
 /// What holds an epoch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Occupant {

@@ -115,3 +115,54 @@ fn running_ends_it_and_only_what_is_held_is_freed() {
     assert!(held.directory.path().join("1.free").is_symlink());
     assert!(!held.holding.may_run(), "a freed machine does not run");
 }
+
+#[test]
+fn a_person_s_word_claims_the_next_epoch_and_is_about_the_owner_that_was_shown() {
+    let (rig, epoch, nonce) = Rig::committed();
+    rig.taken(epoch, nonce);
+    assert!(matches!(rig.settle(), Settlement::Undecided(_)));
+    rig.holding.force(Epoch::FIRST);
+    assert!(matches!(rig.settle(), Settlement::Undecided(_)), "a word about another owner counts for nothing");
+    rig.holding.force(epoch);
+    let next = epoch.next().unwrap();
+    assert_eq!(rig.settle(), Settlement::Resumed(next));
+    let found = DirectoryStore::new(rig.directory.path()).record(next).unwrap().unwrap();
+    assert_eq!(found.occupant, Occupant::Claim(rig.holding.claim()), "what runs by force has claimed, too");
+}
+
+#[test]
+fn no_word_counts_once_the_guest_has_run_elsewhere() {
+    for (entry, text) in [("2.running", "2.running"), ("3", "somebody else's")] {
+        let (rig, epoch, nonce) = Rig::committed();
+        rig.taken(epoch, nonce);
+        assert!(matches!(rig.settle(), Settlement::Undecided(_)));
+        symlink(text, rig.directory.path().join(entry)).unwrap();
+        rig.holding.force(epoch);
+        assert!(matches!(rig.settle(), Settlement::Moved | Settlement::Superseded(_)), "{entry}");
+        assert!(!rig.holding.may_run(), "{entry}");
+    }
+}
+
+#[test]
+fn a_person_s_word_is_forgotten_if_the_store_does_not_answer() {
+    let (rig, epoch, nonce) = Rig::committed();
+    rig.taken(epoch, nonce);
+    assert!(matches!(rig.settle(), Settlement::Undecided(_)));
+    let away = rig.directory.path().with_extension("away");
+    std::fs::rename(rig.directory.path(), &away).unwrap();
+    rig.holding.force(epoch);
+    assert!(matches!(rig.settle(), Settlement::Undecided(_)));
+    std::fs::rename(&away, rig.directory.path()).unwrap();
+    assert!(matches!(rig.settle(), Settlement::Undecided(_)));
+    assert!(!rig.holding.may_run());
+}
+
+#[test]
+fn what_was_abandoned_never_runs_and_only_what_is_in_doubt_can_be() {
+    assert!(!rig().holding.abandon(), "a machine that runs here is not in doubt");
+    let (rig, ..) = Rig::committed();
+    assert!(rig.holding.abandon());
+    assert!(matches!(rig.settle(), Settlement::Undecided(_)));
+    assert!(!rig.holding.may_run());
+    assert!(DirectoryStore::new(rig.directory.path()).record(Epoch::new(2).unwrap()).unwrap().is_none());
+}

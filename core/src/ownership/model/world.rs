@@ -1,13 +1,14 @@
 //! The world of the model: two hosts with the real state machines, a network, a store, and whatever may befall them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
-use crate::ownership::claim::{Claim, Claimant, Epoch, Marker, Name, Nonce};
+use crate::ownership::claim::{Claimant, Epoch, Marker, Name, Nonce};
 use crate::ownership::destination::{self, DestinationHandover};
+use crate::ownership::modelled::{Answer, Call as Op, ModelledStore};
 use crate::ownership::source::{self, Nonces, SourceHandover};
 use crate::ownership::start::{self, Liveness, Mode, Start};
-use crate::ownership::store::{ClaimAnswer, MarkAnswer, Occupant, Reading, Record};
+use crate::ownership::store::Occupant;
 use crate::ownership::{RightToRun, Rules};
 
 /// The two hosts.
@@ -30,8 +31,7 @@ pub struct Budget {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct World {
     pub hosts: [Host; 2],
-    pub claims: BTreeMap<Epoch, Claim>,
-    pub markers: BTreeSet<(Epoch, Marker)>,
+    pub store: ModelledStore,
     pub calls: Vec<Call>,
     pub wire: Vec<Packet>,
     pub budget: Budget,
@@ -79,20 +79,6 @@ pub struct Call {
     pub orphan: bool,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Op {
-    Claim(Claim),
-    Look,
-    Mark(Epoch, Marker),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Answer {
-    Claimed(ClaimAnswer),
-    Seen(Reading),
-    Marked(MarkAnswer),
-}
-
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Packet {
     pub to: usize,
@@ -127,6 +113,8 @@ pub enum Step {
     Started(usize),
     Crash(usize),
     PowerOff(usize),
+    /// A person who knows that the destination died before it ran the guest lets it run on at the source.
+    Force(usize, Epoch),
     Start(usize, Mode),
 }
 
@@ -157,10 +145,11 @@ impl World {
             waiting: false,
             starting: false,
         };
+        let mut store = ModelledStore::default();
+        store.take_effect(&Op::Claim(claimant(0, 0).claim(Epoch::FIRST, Nonce(0))));
         Self {
             hosts: [host(Some(RightToRun::for_test(Epoch::FIRST)), Control::Idle), host(None, Control::Down)],
-            claims: BTreeMap::from([(Epoch::FIRST, claimant(0, 0).claim(Epoch::FIRST, Nonce(0)))]),
-            markers: BTreeSet::new(),
+            store,
             calls: Vec::new(),
             wire: Vec::new(),
             budget,
@@ -191,9 +180,12 @@ impl World {
             may(owner && budget.power_offs > 0, Step::PowerOff(host));
             let down = *control == Control::Down && budget.starts > 0;
             may(down, Step::Start(host, Mode::Existing));
-            if let Some((epoch, owner)) = self.claims.last_key_value() {
+            if let Some(owner) = self.store.newest_claim() {
                 let take_over = down && budget.take_overs > 0 && !self.alive(&owner.claimant);
-                may(take_over, Step::Start(host, Mode::TakeOver(*epoch)));
+                may(take_over, Step::Start(host, Mode::TakeOver(owner.epoch)));
+                let died_before = !self.alive(&owner.claimant) && !self.ran.contains(&owner.epoch);
+                let paused = matches!(control, Control::Source(source) if !source.before_commit());
+                may(paused && died_before && budget.take_overs > 0, Step::Force(host, owner.epoch));
             }
         }
         for (at, call) in self.calls.iter().enumerate() {
@@ -248,16 +240,12 @@ impl World {
                 if call.answer.is_some() || call.op == Op::Look {
                     self.calls.remove(at);
                 }
-                self.answer(call.host, unknown(&call.op));
+                self.answer(call.host, call.op.unknown(""));
             }
             Step::Fail(at) => {
                 self.budget.failures -= 1;
                 let call = self.calls.remove(at);
-                let answer = match call.op {
-                    Op::Claim(_) => Answer::Claimed(ClaimAnswer::Failed(String::new())),
-                    op => unknown(&op),
-                };
-                self.answer(call.host, answer);
+                self.answer(call.host, call.op.failed(""));
             }
             Step::Retry(host) => {
                 self.hosts[host].waiting = false;
@@ -281,6 +269,10 @@ impl World {
                     self.call(host, Op::Mark(right.give_up(), Marker::Free));
                 }
                 self.end_process(host);
+            }
+            Step::Force(host, epoch) => {
+                self.budget.take_overs -= 1;
+                self.tell_source(host, source::Input::Force(epoch));
             }
             Step::Start(host, mode) => {
                 self.budget.starts -= 1;
@@ -349,36 +341,14 @@ impl World {
     }
 
     fn take_effect(&mut self, at: usize, stale: bool) {
-        let answer = match self.calls[at].op.clone() {
-            Op::Claim(claim) => Answer::Claimed(match self.claims.get(&claim.epoch) {
-                Some(found) => ClaimAnswer::Exists(Occupant::Claim(found.clone())),
-                None => {
-                    self.claims.insert(claim.epoch, claim);
-                    ClaimAnswer::Created
-                }
-            }),
-            Op::Look => Answer::Seen(Reading::Newest(self.newest(stale))),
-            Op::Mark(epoch, marker) => {
-                self.markers.insert((epoch, marker));
-                Answer::Marked(MarkAnswer::Marked)
-            }
+        let answer = match stale {
+            true => self.store.stale_look(),
+            false => self.store.take_effect(&self.calls[at].op),
         };
         match self.calls[at].orphan {
             true => drop(self.calls.remove(at)),
             false => self.calls[at].answer = Some(answer),
         }
-    }
-
-    fn newest(&self, stale: bool) -> Option<Record> {
-        let (epoch, claim) = self.claims.iter().rev().nth(usize::from(stale))?;
-        let marked = |marker| !stale && self.markers.contains(&(*epoch, marker));
-        Some(Record {
-            epoch: *epoch,
-            occupant: Occupant::Claim(claim.clone()),
-            since: None,
-            running: marked(Marker::Running),
-            free: marked(Marker::Free),
-        })
     }
 
     fn answer(&mut self, host: usize, answer: Answer) {
@@ -427,7 +397,7 @@ impl World {
                 self.own(host);
             }
             source::Action::Moved => {
-                let here = self.claims.values().rev().find(|claim| claim.claimant == *self.me(host));
+                let here = self.store.claims().rev().find(|claim| claim.claimant == *self.me(host));
                 let since = here.map(|claim| claim.epoch);
                 if self.ran.last().copied() <= since {
                     self.violate("moved, and nothing has run there");
@@ -513,11 +483,11 @@ impl World {
     }
 
     fn run(&mut self, host: usize, right: RightToRun) {
-        match self.claims.get(&right.epoch()) {
+        match self.store.claim_of(right.epoch()) {
             Some(claim) if claim.claimant == *self.me(host) => {}
             _ => self.violate("ran without a claim of its own"),
         }
-        if self.claims.last_key_value().is_some_and(|(newest, _)| *newest > right.epoch()) {
+        if self.store.newest_claim().is_some_and(|newest| newest.epoch > right.epoch()) {
             self.violate("ran after another's claim");
         }
         self.ran.insert(right.epoch());
@@ -525,21 +495,13 @@ impl World {
     }
 
     fn check_predecessor(&mut self, right: &RightToRun) {
-        let Some((epoch, claim)) = self.claims.range(..right.epoch()).next_back() else { return };
-        if self.alive(&claim.claimant) && !self.markers.contains(&(*epoch, Marker::Free)) {
+        let Some(claim) = self.store.before(right.epoch()) else { return };
+        if self.alive(&claim.claimant) && !self.store.is_marked(claim.epoch, Marker::Free) {
             self.violate("started from a claim whose owner lives");
         }
     }
 
     fn violate(&mut self, what: &'static str) {
         self.violation.get_or_insert(what);
-    }
-}
-
-fn unknown(op: &Op) -> Answer {
-    match op {
-        Op::Claim(_) => Answer::Claimed(ClaimAnswer::Unknown(String::new())),
-        Op::Look => Answer::Seen(Reading::Unknown(String::new())),
-        Op::Mark(..) => Answer::Marked(MarkAnswer::Unknown(String::new())),
     }
 }
