@@ -101,6 +101,17 @@ mod tests {
     }
 
     #[test]
+    fn the_way_to_reboot_lies_where_real_mode_looks_and_where_no_guest_puts_anything() {
+        let (segment, offset) = (0xffff, 0);
+        assert_eq!(BIOS_ENTRY, (segment << 4) + offset);
+        let end = BIOS_ENTRY + BIOS.len() as u64;
+        let ram = Ram::new(64 << 20, MemoryBacking::Private, false).unwrap();
+        for range in memory_map(ram.guest()).into_iter().filter(|range| range.kind == RangeKind::Ram) {
+            assert!(end <= range.start || range.start + range.size_bytes <= BIOS_ENTRY, "{range:x?}");
+        }
+    }
+
+    #[test]
     fn a_place_is_found_only_if_there_is_room() {
         assert_eq!(highest_place(0x1001, 0x1000, 0x8000), Some(0x6000));
         assert_eq!(highest_place(0x7000, 0x1000, 0x8000), Some(0x1000));

@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::what_is_no_kernel_is_refused", what_is_no_kernel_is_refused),
     ("boot::output_reaches_the_serial_port", output_reaches_the_serial_port),
     ("boot::the_keyboard_controller_resets_in_place", the_keyboard_controller_resets_in_place),
+    ("boot::a_jump_to_the_bios_in_real_mode_resets_in_place", a_jump_to_the_bios_in_real_mode_resets_in_place),
     ("boot::the_reset_button_boots_again_running_or_paused", the_reset_button_boots_again_running_or_paused),
     ("boot::a_triple_fault_ends_the_machine_with_registers", a_triple_fault_ends_the_machine_with_registers),
     ("boot::a_bzimage_runs_at_its_64_bit_entry", a_bzimage_runs_at_its_64_bit_entry),
@@ -58,9 +59,19 @@ fn start_info_describes_memory_command_line_and_initrd() {
     let (address, length) = (u64::from(read_u32(&machine, module)), read_u32(&machine, module + 8) as usize);
     assert_eq!(machine.read_memory(address, length).unwrap(), b"an initial RAM disk");
     assert_eq!(word(48), 3, "low memory, the BIOS area, high memory");
-    let last = word(40) + 2 * 24;
-    assert_eq!(read_u32(&machine, last), 1 << 20);
-    assert_eq!(read_u32(&machine, last + 8), 63 << 20);
+    assert_eq!(memory_map(&machine, word(40), 24), [(0, 0x9_fc00, 1), BIOS_AREA, (1 << 20, 63 << 20, 1)]);
+}
+
+/// What the guest has to leave alone below 1 MiB, the way to reboot at ffff:0000 within it: start, size, reserved.
+const BIOS_AREA: (u64, u64, u32) = (0x9_fc00, 0x10_0000 - 0x9_fc00, 2);
+
+/// The three ranges of a map of memory in guest memory, as start, size and kind.
+fn memory_map(machine: &Machine, address: u64, range_bytes: u64) -> [(u64, u64, u32); 3] {
+    [0, 1, 2].map(|number| {
+        let bytes = machine.read_memory(address + number * range_bytes, 20).unwrap();
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        (word(0), word(8), u32::from_le_bytes(bytes[16..].try_into().unwrap()))
+    })
 }
 
 fn the_workload_guest_starts_all_its_vcpus() {
@@ -155,6 +166,33 @@ fn the_keyboard_controller_resets_in_place() {
     assert_eq!(doomed.status(), MachineStatus::Faulted);
 }
 
+/// Leaves protected mode and jumps to ffff:0000, as Linux does to have a BIOS reboot the machine:
+/// lgdt [CODE + 0x30]; jmp 8:0xe; in 16-bit code: mov eax, cr0; and al, 0xfe; mov cr0, eax; jmp 0xffff:0. Then the descriptors of
+/// 16-bit code at CODE and of nothing, and where they lie.
+const JUMP_TO_BIOS: &[u8] = &[
+    0x0f, 0x01, 0x15, 0x30, 0x00, 0x10, 0x00, 0xea, 0x0e, 0x00, 0x00, 0x00, 0x08, 0x00, 0x0f, 0x20, 0xc0, 0x24, 0xfe,
+    0x0f, 0x22, 0xc0, 0xea, 0x00, 0x00, 0xff, 0xff, 0x90, 0x90, 0x90, 0x90, 0x90, //
+    0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0x00, 0x00, 0x10, 0x9b, 0x00, 0x00, //
+    0x0f, 0x00, 0x20, 0x00, 0x10, 0x00,
+];
+
+fn a_jump_to_the_bios_in_real_mode_resets_in_place() {
+    let kernel = file(&elf(JUMP_TO_BIOS));
+    let machine = Machine::boot(&config(&kernel), &BootOptions { start_paused: true }).unwrap();
+    let events = machine.events();
+    machine.resume().unwrap();
+    // A reset clears memory: what does it has to be there again each time.
+    for _ in 0..3 {
+        assert_eq!(next(&events), MachineEvent::Reset);
+    }
+    fs::write(kernel.path(), elf(COUNT)).unwrap();
+    wait_until("the guest runs what it was booted with", || {
+        let before = counter(&machine);
+        before > 7 && counter(&machine) > before
+    });
+    assert_eq!(machine.status(), MachineStatus::Running);
+}
+
 fn the_reset_button_boots_again_running_or_paused() {
     let kernel = file(&elf(COUNT));
     let machine = run(&config(&kernel));
@@ -226,6 +264,7 @@ fn a_bzimage_runs_at_its_64_bit_entry() {
     let (ramdisk, size) = (read_u32(&machine, params + 0x218), read_u32(&machine, params + 0x21c));
     assert_eq!(machine.read_memory(u64::from(ramdisk), size as usize).unwrap(), b"an initial RAM disk");
     assert_eq!(machine.read_memory(params + 0x1e8, 1).unwrap(), [3], "ranges of memory");
+    assert_eq!(memory_map(&machine, params + 0x2d0, 20)[1], BIOS_AREA);
 }
 
 fn a_bzimage_that_does_not_fit_is_refused() {
