@@ -4,6 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
@@ -112,7 +113,7 @@ fn encodings(criterion: &mut Criterion) {
         encode(&mut ChannelEncoder::new(zstd).unwrap(), &pages(kind), |bytes| stream.extend_from_slice(bytes));
         group.bench_function(name, |bench| {
             bench.iter(|| {
-                let mut decoder = ChannelDecoder::new(&layout, 0, 1).unwrap();
+                let mut decoder = ChannelDecoder::new(Arc::new(layout.clone()), 0, 1).unwrap();
                 let mut rest = &stream[..];
                 while !rest.is_empty() {
                     match decoder.wants() {

@@ -5,13 +5,14 @@
 
 use crate::layout::set_bits;
 use crate::memory::PAGE_SIZE;
-use crate::table::{PageHasher, PageTable, is_zero};
-use crate::view::MemoryView;
+use crate::source::SourcePages;
+use crate::table::is_zero;
 
 /// One line: `ok: N pages`, or how many differ and the first that does.
-pub fn memory_against_table(view: &MemoryView, table: &PageTable, hasher: &PageHasher) -> String {
+pub fn memory_against_table(pages: &SourcePages) -> String {
+    let SourcePages { view, table, hasher, .. } = pages;
     let layout = view.layout();
-    let (mut pages, mut differing, mut first) = (0u64, 0u64, None);
+    let (mut checked, mut differing, mut first) = (0u64, 0u64, None);
     let mut page = [0; PAGE_SIZE];
     for index in 0..layout.stripes() {
         let stripe = layout.stripe(index);
@@ -23,7 +24,7 @@ pub fn memory_against_table(view: &MemoryView, table: &PageTable, hasher: &PageH
                 Some(entry) if is_zero(&page) => entry == hasher.zero(frame),
                 Some(entry) => entry == hasher.page(frame, &page),
             };
-            pages += 1;
+            checked += 1;
             if !right {
                 differing += 1;
                 first.get_or_insert(frame);
@@ -31,9 +32,9 @@ pub fn memory_against_table(view: &MemoryView, table: &PageTable, hasher: &PageH
         }
     }
     match first {
-        None => format!("ok: {pages} pages"),
+        None => format!("ok: {checked} pages"),
         Some(frame) => format!(
-            "FAILED: {differing} of {pages} pages are not as they were last sent, the first is frame {frame:#x}"
+            "FAILED: {differing} of {checked} pages are not as they were last sent, the first is frame {frame:#x}"
         ),
     }
 }

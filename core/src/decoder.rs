@@ -3,6 +3,8 @@
 //! The driver asks what is wanted next ([`ChannelDecoder::wants`]), brings exactly that, and is told what it meant.
 //! Raw pages are wanted in guest memory itself; all else goes through a small buffer.
 
+use std::sync::Arc;
+
 use crate::chunk::{Chunk, ChunkError, HEADER_BYTES, MAX_PAGES, ZERO_RUN_BYTES, ZeroRun};
 use crate::layout::Layout;
 use crate::memory::PAGE_SIZE;
@@ -94,8 +96,8 @@ pub enum DecodeError {
 }
 
 /// The receiving side of one data channel.
-pub struct ChannelDecoder<'l> {
-    layout: &'l Layout,
+pub struct ChannelDecoder {
+    layout: Arc<Layout>,
     channel: usize,
     channels: usize,
     state: State,
@@ -113,9 +115,9 @@ enum State {
     Ended,
 }
 
-impl<'l> ChannelDecoder<'l> {
+impl ChannelDecoder {
     /// The decoder of channel `channel` of `channels`, which may only touch its own stripes.
-    pub fn new(layout: &'l Layout, channel: usize, channels: usize) -> std::io::Result<Self> {
+    pub fn new(layout: Arc<Layout>, channel: usize, channels: usize) -> std::io::Result<Self> {
         Ok(Self {
             layout,
             channel,
@@ -126,6 +128,12 @@ impl<'l> ChannelDecoder<'l> {
             contents: Vec::new(),
             zeros: Vec::new(),
         })
+    }
+
+    /// Begins anew on another link.
+    pub fn restart(&mut self) {
+        self.state = State::Header;
+        self.chunks = 0;
     }
 
     /// What is needed next.
@@ -242,8 +250,7 @@ mod tests {
 
     /// Feeds bytes to a decoder and returns every page's last contents, by frame.
     fn decode(bytes: &[u8], channel: usize, channels: usize) -> Result<Arrived, DecodeError> {
-        let layout = layout();
-        let mut decoder = ChannelDecoder::new(&layout, channel, channels).unwrap();
+        let mut decoder = ChannelDecoder::new(Arc::new(layout()), channel, channels).unwrap();
         let (mut pages, mut marks, mut rest) = (BTreeMap::new(), Vec::new(), bytes);
         loop {
             let (decoded, raw) = match decoder.wants() {

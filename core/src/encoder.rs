@@ -68,6 +68,14 @@ impl ChannelEncoder {
         Ok(encoder)
     }
 
+    /// Begins anew on another link: what was not written is forgotten. Marks and counts go on.
+    pub fn restart(&mut self) {
+        self.out.clear();
+        self.run = None;
+        self.zeros.clear();
+        self.chunks = 0;
+    }
+
     /// Changes compression for pages from here on.
     pub fn set_zstd(&mut self, level: Option<ZstdLevel>) -> std::io::Result<()> {
         self.close_run();

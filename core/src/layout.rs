@@ -176,6 +176,14 @@ pub fn set_bits(bits: &StripeBits) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
+/// Clears the lowest bit that is set and returns its position.
+pub fn take_first_bit(bits: &mut StripeBits) -> Option<usize> {
+    let (index, word) = bits.iter_mut().enumerate().find(|(_, word)| **word != 0)?;
+    let bit = word.trailing_zeros() as usize;
+    *word &= *word - 1;
+    Some(index * 64 + bit)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -236,7 +244,10 @@ mod tests {
         fn set_bits_are_those_that_are_set(bits in prop::array::uniform8(any::<u64>())) {
             let found: Vec<_> = set_bits(&bits).collect();
             let expected: Vec<_> = (0..512).filter(|bit| bits[bit / 64] >> (bit % 64) & 1 == 1).collect();
-            prop_assert_eq!(found, expected);
+            prop_assert_eq!(&found, &expected);
+            let mut rest = bits;
+            let taken: Vec<_> = std::iter::from_fn(|| take_first_bit(&mut rest)).collect();
+            prop_assert_eq!(taken, expected);
         }
     }
 }

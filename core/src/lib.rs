@@ -11,13 +11,17 @@
 //! | [`machine`] | the traits that a VMM implements to be moved |
 //! | [`channel`] | the byte streams that a transport provides |
 //! | [`source`], [`destination`] | the two ends: start a move, steer it, hear how it ended |
+//! | [`source::control`], [`destination::control`] | their control planes, without I/O: told what happened, they say what to do |
+//! | [`source::sending`], [`destination::receiving`] | the two sides of one data channel, without I/O |
 //! | [`phase`] | the phases of a move, in order |
 //! | [`ownership`] | who may run a machine: claims on shared storage, the rules of the handover |
 //! | [`progress`] | what a move says of itself while it runs and when it has ended |
 //! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`layout`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
+//! | [`view`], [`touched`], [`audit`] | guest memory by pages, which of it was ever used, whether it is what was sent |
 
+pub mod audit;
 pub mod channel;
 pub mod chunk;
 pub mod codec;
@@ -37,12 +41,11 @@ pub mod policy;
 pub mod progress;
 pub mod source;
 pub mod table;
+pub mod touched;
+pub mod view;
 
-mod audit;
 mod link;
 mod random;
-mod touched;
-mod view;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
 pub use machine::{

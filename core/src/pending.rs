@@ -31,13 +31,16 @@ impl Pending {
         }
     }
 
-    /// ORs bits into a stripe.
-    pub fn merge(&self, stripe: usize, bits: &StripeBits) {
+    /// ORs bits into a stripe. Returns how many were not set before.
+    pub fn merge(&self, stripe: usize, bits: &StripeBits) -> u64 {
+        let mut added = 0;
         for (word, bits) in self.words[stripe * STRIPE_WORDS..].iter().zip(bits) {
             if *bits != 0 {
-                word.fetch_or(*bits, Ordering::AcqRel);
+                let before = word.fetch_or(*bits, Ordering::AcqRel);
+                added += u64::from((bits & !before).count_ones());
             }
         }
+        added
     }
 
     /// Takes a stripe's bits, leaving none.
@@ -68,14 +71,16 @@ impl Harvester {
         Self { words: words.collect() }
     }
 
-    /// ORs all that is dirty into `pending`. Clears the VMM's bitmap, whose bits are now pending, but nothing in the log.
+    /// ORs all that is dirty into `pending` and returns how many pages that adds. Clears the VMM's bitmap, whose bits are now
+    /// pending, but nothing in the log.
     pub fn harvest(
         &mut self,
         layout: &Layout,
         log: &dyn DirtyLog,
         memory: &GuestMemory,
         pending: &Pending,
-    ) -> Result<(), MachineError> {
+    ) -> Result<u64, MachineError> {
+        let mut added = 0;
         for (region, (words, mapping)) in self.words.iter_mut().zip(memory.iter()).enumerate() {
             words.fill(0);
             log.harvest(region, words)?;
@@ -86,10 +91,10 @@ impl Harvester {
                 bits[..chunk.len()].copy_from_slice(chunk);
                 let all = layout.stripe(first_stripe + index).all();
                 bits.iter_mut().zip(all).for_each(|(word, all)| *word &= all);
-                pending.merge(first_stripe + index, &bits);
+                added += pending.merge(first_stripe + index, &bits);
             }
         }
-        Ok(())
+        Ok(added)
     }
 }
 

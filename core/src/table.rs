@@ -17,6 +17,9 @@ pub type Page = [u8; PAGE_SIZE];
 /// Never sent: the destination's page is as it was made, zero.
 const NEVER: u64 = 0;
 
+/// Half written: equal to no contents, so that whatever comes next is written.
+const TORN: u64 = u64::MAX;
+
 /// Hashes pages for one move.
 #[derive(Debug, Clone, Copy)]
 pub struct PageHasher {
@@ -37,7 +40,7 @@ impl PageHasher {
         match self.verify {
             true => bind(xxh3_64_with_seed(page, self.seed), frame),
             false => match self.zero(frame) ^ 1 {
-                NEVER => 2,
+                NEVER | TORN => 2,
                 entry => entry,
             },
         }
@@ -50,12 +53,21 @@ impl PageHasher {
 }
 
 /// Binds a content hash to a frame: the finaliser of splitmix64 (Steele et al., 2014) over their combination.
-/// Never [`NEVER`].
+/// Never [`NEVER`] or [`TORN`].
 fn bind(hash: u64, frame: u64) -> u64 {
     let mut x = hash ^ frame.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (x ^ (x >> 31)).max(1)
+    (x ^ (x >> 31)).clamp(NEVER + 1, TORN - 1)
+}
+
+/// What an entry has given way to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Replaced {
+    /// By how much the table's sum grew (modulo 2^64).
+    pub growth: u64,
+    /// Whether the page had been sent or applied before.
+    pub was_sent: bool,
 }
 
 /// One entry for every slot. Entries of one stripe are written by one thread at a time: the stripe's channel's.
@@ -70,9 +82,15 @@ impl PageTable {
         Self { entries: (0..layout.slots()).map(|_| AtomicU64::new(NEVER)).collect() }
     }
 
-    /// Records what was sent or applied and returns by how much the table's sum grew (modulo 2^64).
-    pub fn set(&self, slot: usize, entry: u64) -> u64 {
-        entry.wrapping_sub(self.entries[slot].swap(entry, Ordering::Relaxed))
+    /// Records what was sent or applied.
+    pub fn set(&self, slot: usize, entry: u64) -> Replaced {
+        let before = self.entries[slot].swap(entry, Ordering::Relaxed);
+        Replaced { growth: entry.wrapping_sub(before), was_sent: before != NEVER }
+    }
+
+    /// Records that nobody knows what a page contains: its link broke while it was being written.
+    pub fn set_torn(&self, slot: usize) -> Replaced {
+        self.set(slot, TORN)
     }
 
     /// The entry of a page, `None` if it was never sent.
@@ -129,7 +147,7 @@ mod tests {
         fn growth_adds_up_to_the_sum(writes in prop::collection::vec((0usize..512, 1u64..), 0..200)) {
             let layout = Layout::new(&[RegionDescription { guest_address: 0, size_bytes: 2 << 20 }]).unwrap();
             let table = PageTable::new(&layout);
-            let kept = writes.iter().fold(0u64, |sum, &(slot, entry)| sum.wrapping_add(table.set(slot, entry)));
+            let kept = writes.iter().fold(0u64, |sum, &(slot, entry)| sum.wrapping_add(table.set(slot, entry).growth));
             prop_assert_eq!(kept, table.sum());
         }
     }

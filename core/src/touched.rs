@@ -17,7 +17,13 @@ use crate::memory::{GuestMemory, PAGE_SIZE};
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 
 /// Tells touched pages from untouched ones.
-pub struct TouchedPages {
+pub trait TouchedPages: Send + Sync {
+    /// The touched pages of a stripe. An untouched one reads as zeros.
+    fn of(&self, stripe: &Stripe) -> StripeBits;
+}
+
+/// For memory that is mapped in this process: asks the kernel.
+pub struct MappedPages {
     page_map: File,
     regions: Vec<Backing>,
 }
@@ -27,7 +33,7 @@ enum Backing {
     File(FileOffset),
 }
 
-impl TouchedPages {
+impl MappedPages {
     /// For the memory of a machine in this process.
     pub fn new(memory: &GuestMemory) -> io::Result<Self> {
         let regions = memory.iter().map(|region| match region.file_offset() {
@@ -40,18 +46,6 @@ impl TouchedPages {
             }
         });
         Ok(Self { regions: regions.collect::<io::Result<_>>()?, page_map: File::open("/proc/self/pagemap")? })
-    }
-
-    /// The touched pages of a stripe.
-    pub fn of(&self, stripe: &Stripe) -> StripeBits {
-        let touched = match &self.regions[stripe.region] {
-            Backing::Anonymous { first_virtual_page } => self.mapped(first_virtual_page + stripe.first_page, stripe),
-            Backing::File(file) => with_data(file, stripe),
-        };
-        touched.unwrap_or_else(|error| {
-            tracing::debug!("cannot tell touched pages of frame {}: {error}", stripe.first_frame);
-            stripe.all()
-        })
     }
 
     fn mapped(&self, first_virtual_page: u64, stripe: &Stripe) -> io::Result<StripeBits> {
@@ -67,6 +61,19 @@ impl TouchedPages {
             }
         }
         Ok(bits)
+    }
+}
+
+impl TouchedPages for MappedPages {
+    fn of(&self, stripe: &Stripe) -> StripeBits {
+        let touched = match &self.regions[stripe.region] {
+            Backing::Anonymous { first_virtual_page } => self.mapped(first_virtual_page + stripe.first_page, stripe),
+            Backing::File(file) => with_data(file, stripe),
+        };
+        touched.unwrap_or_else(|error| {
+            tracing::debug!("cannot tell touched pages of frame {}: {error}", stripe.first_frame);
+            stripe.all()
+        })
     }
 }
 
@@ -110,7 +117,7 @@ mod tests {
 
     fn check(memory: &GuestMemory) {
         let layout = Layout::new(&[RegionDescription { guest_address: 0, size_bytes: SIZE as u64 }]).unwrap();
-        let touched = TouchedPages::new(memory).unwrap();
+        let touched = MappedPages::new(memory).unwrap();
         let of = |stripe| set_bits(&touched.of(&layout.stripe(stripe))).collect::<Vec<_>>();
         assert_eq!((of(0), of(1)), (vec![], vec![]));
         for page in [0u64, 7, 511, 513] {

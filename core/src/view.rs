@@ -56,6 +56,11 @@ impl MemoryView {
         &self.layout
     }
 
+    /// The same, to be kept.
+    pub fn shared_layout(&self) -> Arc<Layout> {
+        Arc::clone(&self.layout)
+    }
+
     /// Copies a page once (volatile: the guest may be writing it).
     pub fn copy_page(&self, stripe: &Stripe, offset: usize, page: &mut Page) {
         debug_assert!(offset < stripe.pages);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::claims::Shared as SharedClaims;
 use super::control::{Action, DestinationControl, Input};
+use super::receiving::{DestinationPages, ReceivingChannel};
 use super::worker::{self, Shared};
 use super::{ClaimOptions, DestinationOptions, DestinationOutcome};
 use crate::channel::{Channel, HangUp, IncomingData, SessionToken};
@@ -234,22 +235,18 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         };
         let load = load()?.min(load()?);
         let layout = Arc::new(layout);
-        self.shared = Some(Arc::new(Shared {
+        let pages = DestinationPages {
             view: MemoryView::new(machine.memory(), Arc::clone(&layout))?,
             table: PageTable::new(&layout),
             hasher: PageHasher::new(request.table_seed, request.verify),
-            link: self.link.clone(),
-            channels: 0,
-        }));
+        };
+        self.shared = Some(Arc::new(Shared { pages, link: self.link.clone() }));
         self.machine = Some(machine);
         self.data.expect(self.token);
         Ok(load)
     }
 
     fn open_data(&mut self, channels: u16) -> io::Result<()> {
-        if let Some(shared) = self.shared.as_mut().and_then(Arc::get_mut) {
-            shared.channels = channels.into();
-        }
         let deadline = Instant::now() + OPEN_DATA_LIMIT;
         let mut open = vec![false; channels.into()];
         while open.contains(&false) {
@@ -259,18 +256,19 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 _ => return Err(io::Error::other(format!("data channel {index} was not asked for"))),
             }
             self.hang_ups.push(Arc::clone(&channel.hang_up));
-            self.start_worker(index.into(), channel)?;
+            self.start_worker(index.into(), channels.into(), channel)?;
         }
         Ok(())
     }
 
-    fn start_worker(&mut self, index: usize, channel: Channel) -> io::Result<()> {
+    fn start_worker(&mut self, index: usize, channels: usize, channel: Channel) -> io::Result<()> {
         let Some(shared) = self.shared.clone() else { return Ok(()) };
         let inputs = self.sender.clone();
+        let mut receiving = ReceivingChannel::new(&shared.pages, index, channels)?;
         let worker = thread::Builder::new().name(format!("data-{index}")).spawn(move || {
             // The writing half stays open until the channel has ended: closing it early could reset the connection.
             let Channel { reader, writer: _writer, .. } = channel;
-            let input = match worker::run(&shared, index, reader) {
+            let input = match worker::run(&shared, index, &mut receiving, reader) {
                 Ok(sum) => Input::ChannelEnded { sum },
                 Err(error) => Input::ChannelFailed(error.to_string()),
             };

@@ -1,8 +1,9 @@
 //! The receiving end of a move.
 
 mod claims;
-mod control;
+pub mod control;
 mod driver;
+pub mod receiving;
 mod worker;
 
 use std::sync::{Arc, mpsc};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 pub use self::claims::ClaimOptions;
 use self::driver::Driver;
+pub use self::receiving::{DestinationPages, ReceivingChannel};
 use crate::link::ControlLink;
 
 use crate::channel::{Channel, IncomingData};

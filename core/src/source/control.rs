@@ -9,7 +9,7 @@
 //!        completed ← commit ← state ← final-pages ← pause ←───┘
 //! ```
 //!
-//! Whatever goes wrong before *commit* takes one way out: [`SourceControl::end`], after which the guest is as it was.
+//! Whatever goes wrong before *commit* takes one way out (`SourceControl::end`), after which the guest is as it was.
 //! After *commit* there is none but the claims ([`crate::ownership`]): without *running* the guest stays paused here until they
 //! say whose it is, or, where there are none, a person decides.
 

@@ -8,13 +8,15 @@ use std::time::Duration;
 use super::Compression;
 use super::driver::Event;
 use super::flow::Flow;
-use super::worker::{Order, Shared, Worker};
+use super::sending::{Order, SendingChannel, SourcePages};
+use super::unacknowledged::Unacknowledged;
+use super::worker::{Shared, Worker};
 use crate::channel::{Dial, HangUp, SessionToken};
 use crate::layout::Layout;
 use crate::machine::{MachineError, SourceMachine};
 use crate::pending::{Harvester, Pending};
 use crate::table::{PageHasher, PageTable};
-use crate::touched::TouchedPages;
+use crate::touched::MappedPages;
 use crate::view::MemoryView;
 
 /// How long opening a channel may take.
@@ -34,6 +36,8 @@ pub struct Data {
     pub workers: Vec<JoinHandle<()>>,
     /// Workers that have not reported yet.
     pub awaited: usize,
+    /// What each has sent and is not acknowledged.
+    pub unacknowledged: Vec<Unacknowledged>,
     /// What they have reported of a round.
     pub pages: u64,
     /// What they have reported of the table.
@@ -67,19 +71,20 @@ impl Opening {
         let layout = Layout::new(&description.memory)
             .map_err(|error| MachineError::with_source("the machine's description", error))?;
         let memory = self.machine.memory();
-        let touched = TouchedPages::new(&memory)
+        let touched = MappedPages::new(&memory)
             .map_err(|error| MachineError::with_source("cannot read this process's page map", error))?;
         let layout = Arc::new(layout);
         let shared = Arc::new(Shared {
             machine: self.machine,
-            view: MemoryView::new(memory, Arc::clone(&layout))?,
-            pending: Pending::new(&layout),
-            table: PageTable::new(&layout),
-            hasher: self.hasher,
-            touched,
+            pages: SourcePages {
+                view: MemoryView::new(memory, Arc::clone(&layout))?,
+                pending: Pending::new(&layout),
+                table: PageTable::new(&layout),
+                hasher: self.hasher,
+                touched: Box::new(touched),
+                channels: self.channels.into(),
+            },
             flow: self.flow,
-            channels: self.channels.into(),
-            compression: self.compression,
         });
         let mut data = Data {
             harvester: Some(Harvester::new(&layout)),
@@ -88,13 +93,15 @@ impl Opening {
             hang_ups: Vec::new(),
             workers: Vec::new(),
             awaited: 0,
+            unacknowledged: (0..self.channels).map(|_| Unacknowledged::default()).collect(),
             pages: 0,
             sum: 0,
         };
         for index in 0..self.channels {
             let cannot = |error| MachineError::with_source(format!("cannot open data channel {index}"), error);
             let channel = self.dial.data(self.token, index, CONNECT_LIMIT).map_err(cannot)?;
-            let worker = Worker::new(Arc::clone(&shared), index.into(), channel.writer).map_err(cannot)?;
+            let sending = SendingChannel::new(index.into(), self.compression).map_err(cannot)?;
+            let worker = Worker::new(Arc::clone(&shared), index.into(), sending, channel.writer);
             let (orders, queue) = mpsc::channel();
             let events = self.events.clone();
             let thread = thread::Builder::new()
@@ -118,10 +125,18 @@ impl Data {
 
     /// Collects what has been dirtied since.
     pub fn harvest(&mut self) -> Result<(), MachineError> {
-        let Shared { view, machine, pending, .. } = &*self.shared;
-        match &mut self.harvester {
-            Some(harvester) => harvester.harvest(view.layout(), machine.dirty_log(), view.memory(), pending),
-            None => Ok(()),
+        let Shared { machine, pages, .. } = &*self.shared;
+        if let Some(harvester) = &mut self.harvester {
+            harvester.harvest(pages.view.layout(), machine.dirty_log(), pages.view.memory(), &pages.pending)?;
         }
+        Ok(())
+    }
+
+    /// Bytes written and not acknowledged.
+    pub fn queued_bytes(&self) -> u64 {
+        let queued = |(index, channel): (usize, &Unacknowledged)| {
+            self.shared.flow.written_bytes(index).saturating_sub(channel.applied_bytes())
+        };
+        self.unacknowledged.iter().enumerate().map(queued).sum()
     }
 }

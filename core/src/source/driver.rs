@@ -11,16 +11,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
 use super::data::{CONNECT_LIMIT, Data, Opening};
-use super::flow::Probe;
+use super::sending::{Order, Report, SourcePages};
 use super::settler::Settler;
 use super::state::Shared as Handle;
-use super::worker::{Order, Report};
+use super::worker::Told as WorkerTold;
 use super::{CancelError, SourceOutcome};
 use crate::audit;
 use crate::channel::{Dial, SessionToken};
 use crate::link::ControlLink;
 use crate::machine::{Inquiry, MachineError, SourceMachine};
-use crate::message::{Message, TimedStep};
+use crate::message::{Applied, Message, TimedStep};
 use crate::ownership::Holding;
 use crate::pending::forget_vmm_writes;
 use crate::progress::{Event as Told, Observer};
@@ -42,7 +42,7 @@ pub enum Event {
     /// The data channels are open, or not.
     DataOpened(Result<Data, MachineError>),
     /// From a data worker.
-    Worker(Report),
+    Worker(usize, WorkerTold),
     /// Call the move off, and say whether that is still possible.
     Cancel(Sender<Result<(), CancelError>>),
 }
@@ -71,12 +71,19 @@ pub struct Driver {
     silence_told: bool,
     link_lost: bool,
     data: Option<Data>,
+    probe: Option<Probe>,
     round: Option<Round>,
     verify: bool,
     channels: u16,
 }
 
 type Job = Box<dyn FnOnce() + Send>;
+
+/// Bytes that mean nothing, on their way.
+struct Probe {
+    bytes: u64,
+    began: Instant,
+}
 
 struct Round {
     began: Instant,
@@ -116,6 +123,7 @@ impl Driver {
             silence_told: false,
             link_lost: false,
             data: None,
+            probe: None,
             round: None,
         }
     }
@@ -153,22 +161,12 @@ impl Driver {
 
     fn take_in(&mut self, event: Event) {
         match event {
-            Event::Input(Input::Message(Message::Applied(applied))) => {
-                if !self.handle.flow.applied(applied) {
-                    return self.input(Input::LinkLost(format!("it acknowledged what was never sent: {applied:?}")));
-                }
-                if self.queue_awaited {
-                    self.queue_awaited = !self.queue_empty();
-                }
-                if let Some(Probe { bytes, began }) = self.handle.flow.probe_ended_by(applied) {
-                    self.input(Input::Done(Done::Probed { bytes, duration: began.elapsed() }));
-                }
-            }
+            Event::Input(Input::Message(Message::Applied(applied))) => self.applied(applied),
             Event::Input(input) => {
                 self.link_lost |= matches!(input, Input::LinkLost(_));
                 self.input(input);
             }
-            Event::Worker(report) => self.worker(report),
+            Event::Worker(index, told) => self.worker(index, told),
             Event::DataOpened(opened) => self.data_opened(opened),
             Event::Cancel(answer) => {
                 let allowed = self.control.may_cancel();
@@ -181,9 +179,27 @@ impl Driver {
         }
     }
 
+    fn applied(&mut self, Applied { channel, mark }: Applied) {
+        let channels = self.data.as_mut().map(|data| &mut data.unacknowledged);
+        let Some(unacknowledged) = channels.and_then(|channels| channels.get_mut(usize::from(channel))) else {
+            return self.input(Input::LinkLost(format!("it acknowledged what came over no channel ({channel})")));
+        };
+        if let Err(error) = unacknowledged.applied(mark) {
+            return self.input(Input::LinkLost(format!("data channel {channel}: {error}")));
+        }
+        if self.queue_awaited {
+            self.queue_awaited = !self.queue_empty();
+        }
+        if channel == 0
+            && let Some(Probe { bytes, began }) = self.probe.take()
+        {
+            self.input(Input::Done(Done::Probed { bytes, duration: began.elapsed() }));
+        }
+    }
+
     /// Whether everything sent has been acknowledged; if so, the control plane is told.
     fn queue_empty(&mut self) -> bool {
-        let empty = self.handle.flow.queued_bytes() == 0;
+        let empty = self.data.as_ref().is_none_or(|data| data.queued_bytes() == 0);
         if empty {
             self.input(Input::Done(Done::QueueEmpty));
         }
@@ -234,7 +250,10 @@ impl Driver {
             }
             Action::Rehearse => self.job(rehearse),
             Action::OpenData { token, table_seed } => self.open_data(token, table_seed),
-            Action::Probe(bytes) => self.order(Order::Probe(bytes), 1),
+            Action::Probe(bytes) => {
+                self.probe = Some(Probe { bytes, began: Instant::now() });
+                self.order(Order::Probe(bytes), 1);
+            }
             Action::StartLog => self.start_log(),
             Action::Round { first } => {
                 self.settler.get_or_insert_with(|| Settler::start(Arc::clone(&self.machine)));
@@ -250,9 +269,7 @@ impl Driver {
             Action::Settle(patience) => self.settle(patience),
             Action::Audit => {
                 let shared = self.data.as_ref().map(|data| Arc::clone(&data.shared))?;
-                self.job(move |_| {
-                    Ok(Done::Audited(audit::memory_against_table(&shared.view, &shared.table, &shared.hasher)))
-                });
+                self.job(move |_| Ok(Done::Audited(audit::memory_against_table(&shared.pages))));
             }
         }
         None
@@ -353,8 +370,8 @@ impl Driver {
         self.job(move |machine| {
             // Whatever is written from here on is logged, and all that was written before is about to be sent.
             machine.dirty_log().start()?;
-            forget_vmm_writes(shared.view.memory());
-            shared.pending.fill(shared.view.layout());
+            forget_vmm_writes(shared.pages.view.memory());
+            shared.pages.pending.fill(shared.pages.view.layout());
             Ok(Done::LogStarted)
         });
     }
@@ -371,13 +388,22 @@ impl Driver {
         }
     }
 
-    fn worker(&mut self, report: Report) {
+    fn worker(&mut self, index: usize, told: WorkerTold) {
         let Some(data) = &mut self.data else { return };
+        let report = match told {
+            WorkerTold::Marked(batch) => {
+                if let Err(error) = data.unacknowledged[index].sent(batch) {
+                    self.input(Input::LinkLost(format!("data channel {index}: {error}")));
+                }
+                return;
+            }
+            WorkerTold::Broken(why) => return self.input(Input::LinkLost(why)),
+            WorkerTold::Done(report) => report,
+        };
         data.awaited = data.awaited.saturating_sub(1);
         match report {
-            Report::Broken(why) => return self.input(Input::LinkLost(why)),
             Report::Probing => return,
-            Report::RoundSent(pages) => data.pages += pages,
+            Report::RoundSent { pages, .. } => data.pages += pages,
             Report::Ended(sum) => data.sum = data.sum.wrapping_add(sum),
         }
         if data.awaited == 0 {
@@ -407,8 +433,8 @@ impl Driver {
             return self.input(Input::Failed(error.to_string()));
         }
         sent.harvest = harvesting.elapsed();
-        sent.dirty_pages = data.shared.pending.count();
-        sent.queued_bytes = self.handle.flow.queued_bytes();
+        sent.dirty_pages = data.shared.pages.pending.count();
+        sent.queued_bytes = data.queued_bytes();
         self.handle.round_ended(sent);
         self.input(Input::Done(Done::RoundSent(sent)));
     }
@@ -437,8 +463,8 @@ impl Driver {
             let sections = machine.save()?;
             step("save state");
             // The last harvest follows the last KVM ioctl and the last device write.
-            let (layout, view) = (shared.view.layout(), &shared.view);
-            harvester.harvest(layout, machine.dirty_log(), view.memory(), &shared.pending)?;
+            let SourcePages { view, pending, .. } = &shared.pages;
+            harvester.harvest(view.layout(), machine.dirty_log(), view.memory(), pending)?;
             step("last harvest");
             Ok(Done::Stopped { sections, steps })
         });

@@ -1,12 +1,11 @@
 //! What the source's threads share while pages flow: the cap, the counters, and the order to stop.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::message::Applied;
+use super::sending::Pace;
 use crate::pacer::Pacer;
 use crate::progress::PageCounts;
 
@@ -18,16 +17,6 @@ pub struct Flow {
     stopped: AtomicBool,
     cut: AtomicBool,
     channels: Vec<ChannelFlow>,
-    probe: Mutex<Option<Probe>>,
-}
-
-/// Bytes that mean nothing, on their way.
-#[derive(Debug, Clone, Copy)]
-pub struct Probe {
-    /// How many.
-    pub bytes: u64,
-    /// When the first was written.
-    pub began: Instant,
 }
 
 /// One data channel's counters.
@@ -37,10 +26,6 @@ struct ChannelFlow {
     wire_bytes: AtomicU64,
     /// Bytes encoded and written.
     written_bytes: AtomicU64,
-    /// Of those, acknowledged.
-    applied_bytes: AtomicU64,
-    /// Marks on their way: number and bytes written up to there.
-    marks: Mutex<VecDeque<(u64, u64)>>,
     raw: AtomicU64,
     zero: AtomicU64,
     zstd: AtomicU64,
@@ -57,7 +42,6 @@ impl Flow {
             stopped: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             channels: (0..channels).map(|_| ChannelFlow::default()).collect(),
-            probe: Mutex::new(None),
         }
     }
 
@@ -77,9 +61,14 @@ impl Flow {
         self.pacer_changed.notify_all();
     }
 
-    /// The most to hand to a socket in one call.
-    pub fn quantum_bytes(&self) -> usize {
-        self.pacer().quantum_bytes()
+    /// What rules a channel at this moment.
+    pub fn pace(&self) -> Pace {
+        let pacer = self.pacer();
+        Pace {
+            quantum_bytes: pacer.quantum_bytes(),
+            bytes_per_s: pacer.bytes_per_s(),
+            cut: self.cut.load(Ordering::Acquire),
+        }
     }
 
     /// Waits until the cap lets `bytes` go, and charges them.
@@ -125,31 +114,11 @@ impl Flow {
         self.cut.store(true, Ordering::Release);
     }
 
-    /// Whether to leave the round.
-    pub fn is_cut(&self) -> bool {
-        self.cut.load(Ordering::Acquire)
-    }
-
     /// Notes what a channel has written, and what of it its socket was given.
     pub fn wrote(&self, channel: usize, bytes: u64, wire_bytes: u64) {
         let flow = &self.channels[channel];
         flow.written_bytes.fetch_add(bytes, Ordering::Relaxed);
         flow.wire_bytes.store(wire_bytes, Ordering::Relaxed);
-    }
-
-    /// Notes a mark at the end of what a channel has written.
-    pub fn marked(&self, channel: usize, mark: u64, written_bytes: u64) {
-        lock(&self.channels[channel].marks).push_back((mark, written_bytes));
-    }
-
-    /// Notes that the next mark of channel 0 ends a probe.
-    pub fn probing(&self, probe: Probe) {
-        *lock(&self.probe) = Some(probe);
-    }
-
-    /// The probe that an acknowledgement ends.
-    pub fn probe_ended_by(&self, applied: Applied) -> Option<Probe> {
-        if applied.channel == 0 { lock(&self.probe).take() } else { None }
     }
 
     /// Notes the pages a channel has encoded.
@@ -161,26 +130,9 @@ impl Flow {
         flow.untouched.store(counts.untouched, Ordering::Relaxed);
     }
 
-    /// Takes in an acknowledgement; false if it acknowledges what was never sent.
-    pub fn applied(&self, applied: Applied) -> bool {
-        let Some(flow) = self.channels.get(usize::from(applied.channel)) else { return false };
-        let mut marks = lock(&flow.marks);
-        while let Some((mark, bytes)) = marks.pop_front() {
-            flow.applied_bytes.store(bytes, Ordering::Relaxed);
-            if mark == applied.mark {
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Bytes written and not acknowledged.
-    pub fn queued_bytes(&self) -> u64 {
-        let queued = |flow: &ChannelFlow| {
-            let applied = flow.applied_bytes.load(Ordering::Relaxed);
-            flow.written_bytes.load(Ordering::Relaxed).saturating_sub(applied)
-        };
-        self.channels.iter().map(queued).sum()
+    /// Bytes that a channel has encoded and written.
+    pub fn written_bytes(&self, channel: usize) -> u64 {
+        self.channels[channel].written_bytes.load(Ordering::Relaxed)
     }
 
     /// Bytes given to the data channels' sockets.

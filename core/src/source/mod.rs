@@ -1,11 +1,14 @@
 //! The sending end of a move.
 
-mod control;
+mod compressing;
+pub mod control;
 mod data;
 mod driver;
 mod flow;
+pub mod sending;
 mod settler;
 mod state;
+mod unacknowledged;
 mod worker;
 
 use std::sync::{Arc, mpsc};
@@ -15,7 +18,9 @@ use std::time::{Duration, Instant};
 use self::control::{Beginning, Input};
 use self::driver::{Driver, Event};
 use self::flow::Flow;
+pub use self::sending::{SendingChannel, SourcePages};
 use self::state::Shared;
+pub use self::unacknowledged::{BadAcknowledgement, Batch, Sent, Unacknowledged};
 use crate::channel::Dial;
 use crate::machine::{Refusal, SourceMachine};
 use crate::ownership::Holding;

@@ -128,8 +128,8 @@ impl Shared {
 
     /// A snapshot.
     pub fn progress(&self) -> Progress {
-        let remaining_pages = self.data.get().map_or(0, |data| data.pending.count());
-        let total_bytes = self.data.get().map_or(0, |data| data.view.layout().pages() * 4096);
+        let remaining_pages = self.data.get().map_or(0, |data| data.pages.pending.count());
+        let total_bytes = self.data.get().map_or(0, |data| data.pages.view.layout().pages() * 4096);
         let noted = lock(&self.noted);
         let elapsed = noted.finished.unwrap_or_else(|| self.flow.now());
         let rate = match (noted.samples.first(), noted.samples.last()) {

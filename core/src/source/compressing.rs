@@ -1,0 +1,56 @@
+//! Whether pages are compressed: what the user wants, and with `auto` whether it pays.
+
+use super::Compression;
+use crate::encoder::ZstdLevel;
+use crate::progress::PageCounts;
+
+/// Below this cap a core compresses faster than the link takes (docs/performance.md), so `auto` tries it.
+const COMPRESS_BELOW_BYTES_PER_S: u64 = 200_000_000;
+const AUTO_LEVEL: ZstdLevel = ZstdLevel(1);
+/// With `auto`: of so many stripes one is compressed to see whether it still does not pay.
+const AUTO_SAMPLE_STRIPES: u32 = 32;
+
+/// Decides for one channel, stripe by stripe.
+pub(super) struct Compressing {
+    wanted: Compression,
+    stripes: u32,
+    pays: bool,
+    on: bool,
+    before: PageCounts,
+}
+
+impl Compressing {
+    pub(super) fn new(wanted: Compression) -> Self {
+        Self { wanted, stripes: 0, pays: true, on: false, before: PageCounts::default() }
+    }
+
+    /// What to begin with.
+    pub(super) fn level(&self) -> Option<ZstdLevel> {
+        match self.wanted {
+            Compression::Zstd(level) => Some(ZstdLevel(level)),
+            Compression::Auto | Compression::None => None,
+        }
+    }
+
+    /// A stripe begins, under this cap; some: what to change to. With `auto`: compress while the cap leaves a core time to,
+    /// as long as contents shrink, and look again now and then.
+    pub(super) fn choose(&mut self, cap: Option<u64>, counts: PageCounts) -> Option<Option<ZstdLevel>> {
+        if self.wanted != Compression::Auto {
+            return None;
+        }
+        self.before = counts;
+        let slow = cap.is_some_and(|cap| cap <= COMPRESS_BELOW_BYTES_PER_S);
+        self.stripes += 1;
+        let compress = slow && (self.pays || self.stripes.is_multiple_of(AUTO_SAMPLE_STRIPES));
+        let changed = compress != self.on;
+        self.on = compress;
+        changed.then(|| compress.then_some(AUTO_LEVEL))
+    }
+
+    /// A stripe has ended.
+    pub(super) fn judge(&mut self, now: PageCounts) {
+        if self.on && now != self.before {
+            self.pays = now.zstd - self.before.zstd >= now.raw - self.before.raw;
+        }
+    }
+}

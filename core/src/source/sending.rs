@@ -1,0 +1,357 @@
+//! One data channel's sending side: the page scheduler and the encoder, without I/O, threads or a clock.
+//!
+//! Whoever drives it gives an order ([`SendingChannel::begin`]) and polls until that is done: bytes that come out are
+//! written and said to be ([`SendingChannel::written`]); what a mark asks to be acknowledged is handed to an
+//! [`Unacknowledged`](super::Unacknowledged). It outlives its link: after a break, [`SendingChannel::reattach`] makes
+//! pending again what no mark has covered yet.
+
+use std::io;
+
+use super::Compression;
+use super::compressing::Compressing;
+use super::unacknowledged::{Batch, Sent};
+use crate::chunk::MAX_PROBE_BYTES;
+use crate::encoder::{ChannelEncoder, Encoded, OUTPUT_BYTES};
+use crate::layout::{STRIPE_WORDS, Stripe, StripeBits, set_bits, take_first_bit};
+use crate::machine::{DirtyLog, MachineError};
+use crate::pending::Pending;
+use crate::progress::PageCounts;
+use crate::table::{PageHasher, PageTable};
+use crate::touched::TouchedPages;
+use crate::view::MemoryView;
+
+/// How much may be under way without an acknowledgement being asked for.
+const MARK_INTERVAL_BYTES: u64 = 4 << 20;
+
+/// What all channels of a move share at the source.
+pub struct SourcePages {
+    /// The guest's memory.
+    pub view: MemoryView,
+    /// What is still to be sent.
+    pub pending: Pending,
+    /// What was last sent.
+    pub table: PageTable,
+    /// Hashes pages for the table.
+    pub hasher: PageHasher,
+    /// Which pages were ever touched.
+    pub touched: Box<dyn TouchedPages>,
+    /// Number of data channels.
+    pub channels: usize,
+}
+
+/// What a channel is told.
+#[derive(Debug, Clone, Copy)]
+pub enum Order {
+    /// Send so many bytes that mean nothing, and a mark.
+    Probe(u64),
+    /// Visit every stripe of the channel.
+    Round {
+        /// Leave untouched pages out.
+        first: bool,
+    },
+    /// Send what is left, without cap, and end the channel.
+    Final,
+}
+
+/// What a channel has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Report {
+    /// The probe is under way.
+    Probing,
+    /// The round is sent.
+    RoundSent {
+        /// Pages in it.
+        pages: u64,
+        /// Of those, pages that had been sent before.
+        again: u64,
+    },
+    /// The channel has ended; its share of the table's sum.
+    Ended(u64),
+}
+
+/// What is to be done next.
+#[derive(Debug)]
+pub enum Polled<'c> {
+    /// Write these bytes, then call [`SendingChannel::written`].
+    Bytes(&'c [u8]),
+    /// Keep this before anything else is written: its acknowledgement may be quick.
+    Marked(Batch),
+    /// The order has been carried out.
+    Done(Report),
+    /// There is no order.
+    Idle,
+}
+
+/// What rules a channel from outside at a moment.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// The most to write in one go.
+    pub quantum_bytes: usize,
+    /// The cap in force.
+    pub bytes_per_s: Option<u64>,
+    /// Leave the round at the next stripe.
+    pub cut: bool,
+}
+
+/// Why a channel cannot go on, though its link holds.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The compressor cannot be set up.
+    #[error("pages cannot be compressed: {0}")]
+    Compressor(#[from] io::Error),
+    /// The dirty log failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
+/// The sending side of one data channel.
+pub struct SendingChannel {
+    index: usize,
+    encoder: ChannelEncoder,
+    compressing: Compressing,
+    work: Work,
+    /// The stripe that is being encoded, and its pages that are not yet.
+    current: Option<(Stripe, StripeBits)>,
+    /// All that is in the output is to be written before anything is added to it.
+    flush: bool,
+    /// Sent since the last mark.
+    open: Vec<Sent>,
+    written_bytes: u64,
+    marked_bytes: u64,
+    /// By how much this channel has made the table's sum grow.
+    sum: u64,
+    untouched: u64,
+    again: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Work {
+    Idle,
+    Probe {
+        chunks: u64,
+    },
+    Visit {
+        next: usize,
+        visit: Visit,
+    },
+    /// Only the output is left to be written.
+    Finish(Report),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Visit {
+    Round { first: bool, pages: u64, again: u64 },
+    Final,
+}
+
+impl SendingChannel {
+    /// Data channel `index`, which sends every stripe whose number leaves this remainder.
+    pub fn new(index: usize, compression: Compression) -> io::Result<Self> {
+        let compressing = Compressing::new(compression);
+        Ok(Self {
+            index,
+            encoder: ChannelEncoder::new(compressing.level())?,
+            compressing,
+            work: Work::Idle,
+            current: None,
+            flush: false,
+            open: Vec::new(),
+            written_bytes: 0,
+            marked_bytes: 0,
+            sum: 0,
+            untouched: 0,
+            again: 0,
+        })
+    }
+
+    /// Takes an order. The one before must be done.
+    pub fn begin(&mut self, order: Order) {
+        self.work = match order {
+            Order::Probe(bytes) => Work::Probe { chunks: bytes / MAX_PROBE_BYTES as u64 },
+            Order::Round { first } => {
+                let visit = Visit::Round { first, pages: self.pages(), again: self.again };
+                Work::Visit { next: self.index, visit }
+            }
+            Order::Final => Work::Visit { next: self.index, visit: Visit::Final },
+        };
+    }
+
+    /// Whether what comes out counts against the cap.
+    pub fn is_paced(&self) -> bool {
+        !matches!(
+            self.work,
+            Work::Probe { .. }
+                | Work::Finish(Report::Probing | Report::Ended(_))
+                | Work::Visit { visit: Visit::Final, .. }
+        )
+    }
+
+    /// Goes on until there is something to be done outside.
+    pub fn poll(&mut self, pages: &SourcePages, log: &dyn DirtyLog, pace: Pace) -> Result<Polled<'_>, SendError> {
+        loop {
+            let quantum = if self.is_paced() { pace.quantum_bytes } else { OUTPUT_BYTES };
+            if self.flush || self.encoder.output_bytes() >= quantum {
+                self.flush = false;
+                if self.encoder.output_bytes() > 0 {
+                    return Ok(Polled::Bytes(self.encoder.bytes()));
+                }
+            }
+            if self.current.is_some() {
+                self.encode(pages, quantum);
+                continue;
+            }
+            match self.work {
+                Work::Idle => return Ok(Polled::Idle),
+                Work::Probe { chunks: 0 } => {
+                    self.work = Work::Finish(Report::Probing);
+                    return Ok(Polled::Marked(self.mark()));
+                }
+                Work::Probe { chunks } => {
+                    self.work = Work::Probe { chunks: chunks - 1 };
+                    self.encoder.probe();
+                    self.flush = true;
+                }
+                Work::Visit { .. } if self.written_bytes - self.marked_bytes >= MARK_INTERVAL_BYTES => {
+                    return Ok(Polled::Marked(self.mark()));
+                }
+                Work::Visit { next, visit } => {
+                    let left = pace.cut && matches!(visit, Visit::Round { .. });
+                    if next < pages.view.layout().stripes() && !left {
+                        self.work = Work::Visit { next: next + pages.channels, visit };
+                        self.visit(next, visit, pages, log, pace)?;
+                    } else if let Some(batch) = self.end_visit(visit) {
+                        return Ok(Polled::Marked(batch));
+                    }
+                }
+                Work::Finish(report) => {
+                    self.work = Work::Idle;
+                    return Ok(Polled::Done(report));
+                }
+            }
+        }
+    }
+
+    /// The bytes have been written.
+    pub fn written(&mut self) {
+        self.written_bytes += self.encoder.output_bytes() as u64;
+        self.encoder.clear();
+    }
+
+    /// Bytes written so far, over all links.
+    pub fn written_bytes(&self) -> u64 {
+        self.written_bytes
+    }
+
+    /// Pages encoded so far, over all links.
+    pub fn counts(&self) -> PageCounts {
+        PageCounts { untouched: self.untouched, ..self.encoder.counts() }
+    }
+
+    /// Its link broke, and it is to go on over another. What was sent since the last mark is pending again. Returns how
+    /// many pages that adds to those that were pending anyway.
+    pub fn reattach(&mut self, pending: &Pending) -> u64 {
+        self.encoder.restart();
+        self.work = Work::Idle;
+        self.current = None;
+        self.flush = false;
+        self.marked_bytes = self.written_bytes;
+        self.open.drain(..).map(|Sent { stripe, bits }| pending.merge(stripe, &bits)).sum()
+    }
+
+    /// Takes the pending bits of a stripe and makes it the current one.
+    fn visit(
+        &mut self,
+        index: usize,
+        visit: Visit,
+        pages: &SourcePages,
+        log: &dyn DirtyLog,
+        pace: Pace,
+    ) -> Result<(), SendError> {
+        let mut bits = pages.pending.take(index);
+        if bits == StripeBits::default() {
+            return Ok(());
+        }
+        let stripe = pages.view.layout().stripe(index);
+        if let Visit::Round { first, .. } = visit {
+            // The order that loses nothing: bits were taken, now the log is cleared, then pages are copied.
+            let words = stripe.pages.div_ceil(64).min(STRIPE_WORDS);
+            log.clear(stripe.region, stripe.first_page, &bits[..words])?;
+            if first {
+                self.leave_out_untouched(&stripe, &mut bits, pages);
+            }
+        }
+        self.open.push(Sent { stripe: index, bits });
+        let cap = pace.bytes_per_s.filter(|_| self.is_paced());
+        if let Some(level) = self.compressing.choose(cap, self.encoder.counts()) {
+            self.encoder.set_zstd(level)?;
+        }
+        self.encoder.begin_stripe(stripe.first_frame);
+        self.current = Some((stripe, bits));
+        Ok(())
+    }
+
+    /// What was never touched and never sent reads as zeros at the destination anyway. The log was cleared before, so a
+    /// first write that comes now is logged.
+    fn leave_out_untouched(&mut self, stripe: &Stripe, bits: &mut StripeBits, pages: &SourcePages) {
+        let mut untouched = *bits;
+        untouched.iter_mut().zip(pages.touched.of(stripe)).for_each(|(word, touched)| *word &= !touched);
+        for offset in set_bits(&untouched) {
+            if pages.table.entry(stripe.first_slot + offset).is_none() {
+                self.untouched += 1;
+                bits[offset / 64] &= !(1 << (offset % 64));
+            }
+        }
+    }
+
+    /// Encodes pages of the current stripe until there is enough to write.
+    fn encode(&mut self, pages: &SourcePages, quantum: usize) {
+        let Some((stripe, rest)) = &mut self.current else { return };
+        while let Some(offset) = take_first_bit(rest) {
+            let frame = stripe.first_frame + offset as u64;
+            let entry = match self.encoder.page(offset, |page| pages.view.copy_page(stripe, offset, page)) {
+                Encoded::Zero => pages.hasher.zero(frame),
+                Encoded::Contents(page) => pages.hasher.page(frame, page),
+            };
+            let replaced = pages.table.set(stripe.first_slot + offset, entry);
+            self.again += u64::from(replaced.was_sent);
+            self.sum = self.sum.wrapping_add(replaced.growth);
+            if self.encoder.output_bytes() >= quantum {
+                return;
+            }
+        }
+        self.encoder.end_stripe();
+        self.compressing.judge(self.encoder.counts());
+        self.current = None;
+    }
+
+    fn end_visit(&mut self, visit: Visit) -> Option<Batch> {
+        self.flush = true;
+        match visit {
+            Visit::Round { pages, again, .. } => {
+                let batch = self.mark();
+                let report = Report::RoundSent { pages: self.pages() - pages, again: self.again - again };
+                self.work = Work::Finish(report);
+                Some(batch)
+            }
+            Visit::Final => {
+                self.encoder.end();
+                self.work = Work::Finish(Report::Ended(self.sum));
+                None
+            }
+        }
+    }
+
+    /// Puts a mark behind all that was encoded.
+    fn mark(&mut self) -> Batch {
+        let mark = self.encoder.mark();
+        let until_bytes = self.written_bytes + self.encoder.output_bytes() as u64;
+        self.marked_bytes = until_bytes;
+        self.flush = true;
+        Batch { mark, until_bytes, sent: std::mem::take(&mut self.open) }
+    }
+
+    fn pages(&self) -> u64 {
+        let counts = self.encoder.counts();
+        counts.raw + counts.zero + counts.zstd
+    }
+}
