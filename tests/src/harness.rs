@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tempfile::TempDir;
 
-use crate::process;
+use crate::{fuse, process};
 
 /// What a test needs that not every machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub enum Need {
     Kvm,
     /// Root, for network namespaces.
     Root,
+    /// /dev/fuse, and the right to mount.
+    Fuse,
     /// QEMU.
     Qemu,
     /// GNU as and ld.
@@ -32,12 +34,14 @@ impl Need {
         let there = match self {
             Need::Kvm => fs::File::options().read(true).write(true).open("/dev/kvm").is_ok(),
             Need::Root => nix::unistd::geteuid().is_root(),
+            Need::Fuse => nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists(),
             Need::Qemu => Command::new("qemu-system-x86_64").arg("--version").output().is_ok(),
             Need::Assembler => ["as", "ld"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok()),
         };
         let name = match self {
             Need::Kvm => "/dev/kvm",
             Need::Root => "root",
+            Need::Fuse => "/dev/fuse and root",
             Need::Qemu => "qemu-system-x86_64",
             Need::Assembler => "binutils",
         };
@@ -82,6 +86,7 @@ impl Scene {
 fn remove_abandoned() {
     for entry in fs::read_dir(env::temp_dir()).into_iter().flatten().flatten() {
         if process::is_abandoned(&entry.file_name().to_string_lossy()) {
+            fuse::detach_all_in(&entry.path());
             // Somebody else may have been faster.
             let _ = fs::remove_dir_all(entry.path());
         }

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`process`], [`godwit`] | processes with logs; the sender and the receiver |
 //! | [`netns`] | network namespaces joined by links that can be slowed, cut and counted |
+//! | [`fuse`] | shared storage that is slow, unreachable or uncertain on demand |
 //! | [`heartbeat`], [`sampler`] | the gap that a guest's own heartbeat shows |
 //! | [`counters`] | what crossed an interface, and how well a cap was kept |
 //! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
@@ -21,6 +22,7 @@
 
 pub mod clock;
 pub mod counters;
+pub mod fuse;
 pub mod godwit;
 pub mod guest_memory;
 pub mod harness;
