@@ -34,6 +34,7 @@ use self::virtio::mmio::{MmioTransport, VirtioState};
 use self::virtio::net::{self, Net};
 use self::virtio::rng::Rng;
 use crate::config::MachineConfig;
+use crate::disks::Company;
 use crate::error::{VmmError, chain};
 
 /// All devices of a machine that live in this process.
@@ -57,13 +58,13 @@ pub(crate) struct DevicesState {
 
 impl Devices {
     /// Builds the devices of a machine, puts them where `layout` says, and wires them to its interrupt controllers.
-    /// `accepted`: the features that the drivers of a machine that comes in use, by place.
+    /// `accepted`: for a machine that comes in from elsewhere, the features that its drivers use, by place.
     pub(crate) fn new(
         vm: &VmFd,
         memory: &GuestMemory,
         layout: &DeviceLayout,
         config: &MachineConfig,
-        accepted: &[u64],
+        accepted: Option<&[u64]>,
     ) -> Result<Self, VmmError> {
         let (mut ports, mut mmio) = (Bus::default(), Bus::default());
         let (com1, com1_ports, com1_line) = COM1;
@@ -79,8 +80,9 @@ impl Devices {
         let power = Arc::new(PowerControl::new(line(layout.event_line)?));
         ports.add(u64::from(layout.power_port), u64::from(POWER_PORTS), power.clone());
         let mut transports = Vec::with_capacity(layout.virtio.len());
-        let disks = open_disks(config)?;
-        let nets = open_nets(config, accepted)?;
+        let company = if accepted.is_some() { Company::Source } else { Company::Nobody };
+        let disks = open_disks(config, company)?;
+        let nets = open_nets(config, accepted.unwrap_or_default())?;
         for (device, place) in in_order(&disks, &nets).zip(&layout.virtio) {
             let transport = Arc::new(MmioTransport::new(device, memory.clone(), line(place.line)?)?);
             transport.wire_kicks(vm, place.address)?;
@@ -168,11 +170,12 @@ impl Devices {
         self.serial.load(&state.serial)
     }
 
-    /// Ends what devices do in the background.
+    /// Ends what devices do in the background. Others may have the disks then.
     pub(crate) fn stop(&self) {
         for transport in &self.virtio {
             transport.reset();
         }
+        self.disks.iter().for_each(|disk| disk.let_go());
         self.serial.stop();
     }
 }
@@ -195,11 +198,11 @@ fn in_order(disks: &[Arc<Block>], nets: &[Arc<Net>]) -> impl Iterator<Item = Arc
     disks.chain(nets).chain([Arc::new(Rng::default()) as _])
 }
 
-fn open_disks(config: &MachineConfig) -> Result<Vec<Arc<Block>>, VmmError> {
+fn open_disks(config: &MachineConfig, company: Company) -> Result<Vec<Arc<Block>>, VmmError> {
     // A queue for each vCPU: part of what the guest sees, and therefore the same wherever the machine moves.
     let queues = u16::try_from(config.vcpus).unwrap_or(u16::MAX);
     let cache = CacheMode::of(config.unsafe_cache);
-    config.disks.iter().map(|disk| block::open(disk, cache, queues)).collect()
+    config.disks.iter().map(|disk| block::open(disk, cache, queues, company)).collect()
 }
 
 fn open_nets(config: &MachineConfig, accepted: &[u64]) -> Result<Vec<Arc<Net>>, VmmError> {

@@ -1,4 +1,4 @@
-//! Whether both hosts of a move see the same disks, proved before anything is sent.
+//! Whether both hosts of a move see the same disks, proved before anything is sent; and locks that keep others off them.
 //!
 //! ```text
 //! source                                        destination
@@ -10,6 +10,7 @@
 //! steps. The files are removed by whoever made them, however the move ends.
 
 mod inquiry;
+mod locks;
 mod nonce;
 mod verdict;
 
@@ -25,6 +26,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::inquiry::DiskInquiry;
+pub(crate) use self::locks::{Company, ImageLock};
 use self::nonce::Nonce;
 pub(crate) use self::verdict::DiskVerdict;
 
@@ -43,6 +45,8 @@ pub(crate) struct Question {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct AskedDisk {
     id: String,
+    /// Whether its image is locked.
+    locked: bool,
     seen: Result<(Identity, Mark), String>,
 }
 

@@ -65,6 +65,16 @@ pub enum VmmError {
         /// Why not.
         source: CodecError,
     },
+    /// Somebody else uses the image of a disk: nothing was written to it.
+    #[error("disk {disk}: {path} is in use: {how}", path = path.display())]
+    ImageInUse {
+        /// The disk's id.
+        disk: String,
+        /// Its image.
+        path: PathBuf,
+        /// How it is used, and what to do.
+        how: String,
+    },
     /// The machine is not in a state in which it could do that.
     #[error("{0}")]
     Status(String),

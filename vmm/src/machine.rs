@@ -230,7 +230,8 @@ impl SourceMachine for Machine {
     }
 
     fn inquire(&self) -> Result<Box<dyn Inquiry>, MachineError> {
-        Ok(Box::new(DiskInquiry::new(&self.inner.config)?))
+        let locks = self.inner.devices.disks().iter().map(|disk| disk.image_lock()).collect();
+        Ok(Box::new(DiskInquiry::new(&self.inner.config, locks)?))
     }
 
     fn memory(&self) -> GuestMemory {

@@ -35,6 +35,12 @@ const TOOLS: &[Tool] = &[
         source: Source::Apt("qemu-system-x86"),
         needed_for: "the lab, the test that the workload guest boots elsewhere, comparisons",
     },
+    Tool {
+        name: "qemu-img",
+        probe: &["--version"],
+        source: Source::Apt("qemu-utils"),
+        needed_for: "tests of the locks on disk images",
+    },
     Tool { name: "mmdebstrap", probe: &["--version"], source: Source::Apt("mmdebstrap"), needed_for: "the lab" },
     Tool { name: "iasl", probe: &["-v"], source: Source::Apt("acpica-tools"), needed_for: "tests of the ACPI tables" },
     Tool { name: "mke2fs", probe: &["-V"], source: Source::Apt("e2fsprogs"), needed_for: "the lab" },

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use godwit_core::{Inquiry, Refusal, codec};
 
 use super::nonce::{Nonce, NonceFiles};
-use super::{AskedDisk, Evidence, Identity, Mark, Question, with_storage};
+use super::{AskedDisk, Evidence, Identity, ImageLock, Mark, Question, with_storage};
 use crate::config::{DiskConfig, MachineConfig};
 use crate::error::VmmError;
 
@@ -20,13 +21,14 @@ pub(crate) struct DiskInquiry {
 }
 
 impl DiskInquiry {
-    /// Looks at a machine's disks and marks their folders. What is in the way becomes part of the question: the destination
-    /// then has all reasons together.
-    pub(crate) fn new(config: &MachineConfig) -> Result<Self, VmmError> {
+    /// Looks at a machine's disks, whose locks are in the same order, and marks their folders. What is in the way becomes part
+    /// of the question: the destination then has all reasons together.
+    pub(crate) fn new(config: &MachineConfig, locks: Vec<Arc<ImageLock>>) -> Result<Self, VmmError> {
         let (disks, ids) = (config.disks.clone(), config.disks.iter().map(|disk| disk.id.clone()));
-        let looked = if disks.is_empty() { Ok(Looked::default()) } else { with_storage(move || Looked::at(&disks)) };
+        let looked =
+            if disks.is_empty() { Ok(Looked::default()) } else { with_storage(move || Looked::at(&disks, &locks)) };
         let Looked { asked, folders, files } = looked.unwrap_or_else(|why| Looked {
-            asked: ids.map(|id| AskedDisk { id, seen: Err(why.clone()) }).collect(),
+            asked: ids.map(|id| AskedDisk { id, locked: false, seen: Err(why.clone()) }).collect(),
             ..Looked::default()
         });
         let question = Question { unsafe_cache: config.unsafe_cache, disks: asked };
@@ -80,11 +82,11 @@ struct Looked {
 }
 
 impl Looked {
-    fn at(disks: &[DiskConfig]) -> Self {
+    fn at(disks: &[DiskConfig], locks: &[Arc<ImageLock>]) -> Self {
         let mut looked = Self::default();
-        for disk in disks {
-            let seen = looked.look(disk);
-            looked.asked.push(AskedDisk { id: disk.id.clone(), seen });
+        for (disk, lock) in disks.iter().zip(locks) {
+            let seen = lock.test().and_then(|()| looked.look(disk));
+            looked.asked.push(AskedDisk { id: disk.id.clone(), locked: lock.is_held(), seen });
         }
         looked
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use godwit_core::{Inquiry, Refusal, codec};
 use proptest::prelude::*;
@@ -17,27 +18,32 @@ struct Hosts {
     folder: tempfile::TempDir,
     elsewhere: tempfile::TempDir,
     config: MachineConfig,
+    /// The source's.
+    lock: Arc<ImageLock>,
     options: HostOptions,
 }
 
 impl Hosts {
     fn new() -> Self {
+        Self::with(false)
+    }
+
+    fn read_only() -> Self {
+        Self::with(true)
+    }
+
+    fn with(readonly: bool) -> Self {
         let (folder, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let path = folder.path().join("root.img");
         fs::write(&path, vec![1; 1 << 20]).unwrap();
         let config = MachineConfig {
             guest: Some(GuestKind::Writer),
-            disks: vec![DiskConfig { id: "root".into(), path, readonly: false }],
+            disks: vec![DiskConfig { id: "root".into(), path, readonly }],
             ..MachineConfig::default()
         };
+        let lock = Arc::new(locks::tests::taken(&config.disks[0]));
         let options = HostOptions { disk_dirs: vec![folder.path().into()], ..HostOptions::default() };
-        Self { folder, elsewhere, config, options }
-    }
-
-    fn read_only() -> Self {
-        let mut hosts = Self::new();
-        hosts.config.disks[0].readonly = true;
-        hosts
+        Self { folder, elsewhere, config, lock, options }
     }
 
     fn image(&self) -> &Path {
@@ -47,6 +53,11 @@ impl Hosts {
     /// The destination is to open this file.
     fn map(&mut self, path: impl Into<PathBuf>) {
         self.options.map_disks = BTreeMap::from([("root".into(), path.into())]);
+    }
+
+    /// What the source asks.
+    fn inquiry(&self) -> DiskInquiry {
+        DiskInquiry::new(&self.config, vec![Arc::clone(&self.lock)]).unwrap()
     }
 
     /// What the destination says.
@@ -59,7 +70,7 @@ impl Hosts {
 
     /// Both legs; everything that either side has against the move.
     fn preflight(&self) -> Vec<Refusal> {
-        let inquiry = DiskInquiry::new(&self.config).unwrap();
+        let inquiry = self.inquiry();
         let verdict = self.verdict(&inquiry.question());
         if !verdict.refusals.is_empty() {
             return verdict.refusals.clone();
@@ -93,7 +104,7 @@ impl Hosts {
 fn the_same_file_is_accepted_and_nothing_is_left_behind() {
     let hosts = Hosts::new();
     hosts.accepted();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     let verdict = hosts.verdict(&inquiry.question());
     assert_eq!(hosts.nonces(), 2);
     drop(inquiry);
@@ -141,7 +152,7 @@ fn a_copy_that_is_only_read_is_refused() {
     fs::copy(hosts.image(), &copy).unwrap();
     hosts.map(&copy);
     assert!(hosts.refused().contains("another file"));
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     hosts.options.map_disks.clear();
     fs::write(hosts.image(), vec![2; 1 << 20]).unwrap();
     let verdict = hosts.verdict(&inquiry.question());
@@ -157,7 +168,7 @@ fn a_missing_mount_another_size_and_a_folder_are_refused() {
     hosts.map(folder);
     assert!(hosts.refused().contains("cannot be opened"));
     hosts.options.map_disks.clear();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     fs::OpenOptions::new().write(true).open(hosts.image()).unwrap().set_len(2 << 20).unwrap();
     let verdict = hosts.verdict(&inquiry.question());
     assert!(verdict.refusals[0].reason.contains("2097152 bytes here, 1048576 at the source"), "{:?}", verdict.refusals);
@@ -190,7 +201,7 @@ fn a_folder_that_the_destination_sees_read_only_is_refused() {
         return;
     }
     let hosts = Hosts::new();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     fs::set_permissions(hosts.folder.path(), fs::Permissions::from_mode(0o555)).unwrap();
     let verdict = hosts.verdict(&inquiry.question());
     fs::set_permissions(hosts.folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -200,7 +211,7 @@ fn a_folder_that_the_destination_sees_read_only_is_refused() {
 #[test]
 fn what_the_source_cannot_see_of_the_destination_is_refused() {
     let hosts = Hosts::new();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     let verdict = hosts.verdict(&inquiry.question());
     let evidence = verdict.evidence.clone();
     assert_eq!(inquiry.judge(&evidence), Vec::new());
@@ -218,7 +229,7 @@ fn the_page_cache_is_used_only_if_both_ends_say_so() {
     assert!(hosts.refused().contains("--unsafe-cache"));
     hosts.options.unsafe_cache = true;
     hosts.accepted();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     let verdict = hosts.verdict(&inquiry.question());
     assert!(verdict.warnings[0].contains("--unsafe-cache"));
 }
@@ -226,7 +237,7 @@ fn the_page_cache_is_used_only_if_both_ends_say_so() {
 #[test]
 fn block_devices_are_refused_and_what_would_do_is_said() {
     let hosts = Hosts::new();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     let mut question: Question = codec::decode(&inquiry.question()).unwrap();
     if let Ok((identity, _)) = &mut question.disks[0].seen {
         identity.block_device = true;
@@ -238,7 +249,7 @@ fn block_devices_are_refused_and_what_would_do_is_said() {
 #[test]
 fn a_source_that_leaves_something_out_is_refused() {
     let hosts = Hosts::new();
-    let inquiry = DiskInquiry::new(&hosts.config).unwrap();
+    let inquiry = hosts.inquiry();
     let asked: Question = codec::decode(&inquiry.question()).unwrap();
     let refused = |question: &Question| !hosts.verdict(&codec::encode(question).unwrap()).refusals.is_empty();
     assert!(!refused(&asked));
@@ -255,6 +266,6 @@ proptest! {
     fn any_bytes_as_a_question_or_an_answer_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let hosts = Hosts::new();
         prop_assert!(!hosts.verdict(&bytes).refusals.is_empty());
-        prop_assert!(!DiskInquiry::new(&hosts.config).unwrap().judge(&bytes).is_empty());
+        prop_assert!(!hosts.inquiry().judge(&bytes).is_empty());
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use godwit_core::{Refusal, codec};
 
 use super::nonce::NonceFiles;
-use super::{AskedDisk, Evidence, Identity, Mark, Question, with_storage};
+use super::{AskedDisk, Evidence, Identity, Mark, Question, locks, with_storage};
 use crate::config::{DiskConfig, MachineConfig};
 use crate::devices::virtio::block::{CacheMode, open_file};
 
@@ -58,8 +58,10 @@ impl DiskVerdict {
         }
         for disk in disks {
             match look_at(disk, CacheMode::of(unsafe_cache), question, &mut verdict._files) {
-                Ok(None) => {}
-                Ok(Some(nonce)) => evidence.disks.push((disk.id.clone(), nonce)),
+                Ok((nonce, warning)) => {
+                    evidence.disks.extend(nonce.map(|nonce| (disk.id.clone(), nonce)));
+                    verdict.warnings.extend(warning);
+                }
                 Err(reason) => verdict.refusals.push(Refusal::new(format!("disk {}", disk.id), reason)),
             }
         }
@@ -71,15 +73,15 @@ impl DiskVerdict {
     }
 }
 
-/// Whether this is the source's disk, and usable; the mark that has been made for it if it is written.
+/// Whether this is the source's disk, and usable; the mark that has been made for it if it is written, and what to warn of.
 fn look_at(
     disk: &DiskConfig,
     cache: CacheMode,
     question: &Question,
     files: &mut NonceFiles,
-) -> Result<Option<super::Nonce>, String> {
+) -> Result<(Option<super::Nonce>, Option<String>), String> {
     let asked = question.disks.iter().find(|asked| asked.id == disk.id);
-    let AskedDisk { seen, .. } = asked.ok_or("the source says nothing of it")?;
+    let AskedDisk { seen, locked, .. } = asked.ok_or("the source says nothing of it")?;
     let (source, mark) = seen.as_ref().map_err(|why| format!("at the source, {why}"))?;
     let path = fs::canonicalize(&disk.path).map_err(|error| cannot_open(&disk.path.display().to_string(), &error))?;
     let name = shown(&disk.path, &path);
@@ -94,8 +96,9 @@ fn look_at(
         ));
     }
     same_file(&name, source, &found, disk.readonly)?;
+    let warning = locks::look(disk, &file, *locked)?;
     let Mark::File(nonce) = mark else {
-        return if disk.readonly { Ok(None) } else { Err("the source has not marked its folder".into()) };
+        return if disk.readonly { Ok((None, warning)) } else { Err("the source has not marked its folder".into()) };
     };
     let folder = path.parent().unwrap_or(Path::new("/"));
     nonce.find(folder).map_err(|why| {
@@ -104,12 +107,13 @@ fn look_at(
             folder.display()
         )
     })?;
-    files.make(folder).map(Some).map_err(|error| {
+    let nonce = files.make(folder).map_err(|error| {
         format!(
             "no file can be made beside the image in {} ({error}; a read-only export, or root squashed?)",
             folder.display()
         )
-    })
+    })?;
+    Ok((Some(nonce), warning))
 }
 
 fn same_file(name: &str, source: &Identity, found: &Identity, readonly: bool) -> Result<(), String> {

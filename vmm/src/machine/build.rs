@@ -46,8 +46,8 @@ impl Machine {
         let vm = Arc::new(Vm::new(&kvm)?);
         vm.set_memory(ram.guest(), false)?;
         let (layout, accepted_features) = match &arriving {
-            Some(arriving) => (arriving.identity.layout.clone(), arriving.accepted_features.as_slice()),
-            None => (DeviceLayout::new(config.virtio_devices()), Default::default()),
+            Some(arriving) => (arriving.identity.layout.clone(), Some(arriving.accepted_features.as_slice())),
+            None => (DeviceLayout::new(config.virtio_devices()), None),
         };
         let devices = Arc::new(Devices::new(vm.fd(), ram.guest(), &layout, config, accepted_features)?);
         mask_pics(vm.fd())?;

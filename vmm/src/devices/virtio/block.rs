@@ -37,6 +37,7 @@ use self::pool::Pool;
 use self::request::{Geometry, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS};
 use super::{Activation, VirtioDevice};
 use crate::config::DiskConfig;
+use crate::disks::{Company, ImageLock};
 use crate::error::VmmError;
 use crate::sync::lock;
 
@@ -55,6 +56,7 @@ const CONFIG_BYTES: usize = 60;
 pub(crate) struct Block {
     id: String,
     image: Arc<Image>,
+    lock: Arc<ImageLock>,
     /// The smallest unit of requests that the driver is told.
     block_bytes: Mutex<u64>,
     queue_sizes: Vec<u16>,
@@ -81,11 +83,18 @@ struct State {
     read_only: bool,
 }
 
-/// Opens the disk for a machine with so many queues. Writes nothing.
-pub(crate) fn open(config: &DiskConfig, cache: CacheMode, queues: u16) -> Result<Arc<Block>, VmmError> {
+/// Opens the disk for a machine with so many queues, and locks its image. Writes nothing.
+pub(crate) fn open(
+    config: &DiskConfig,
+    cache: CacheMode,
+    queues: u16,
+    company: Company,
+) -> Result<Arc<Block>, VmmError> {
     let image = Image::open(config, cache)?;
+    let lock = Arc::new(ImageLock::take(config, image.file(), company)?);
     Ok(Arc::new(Block {
         id: config.id.clone(),
+        lock,
         block_bytes: Mutex::new(image.block_bytes()),
         image: Arc::new(image),
         queue_sizes: vec![QUEUE_SIZE; queues.clamp(1, MAX_QUEUES).into()],
@@ -110,6 +119,18 @@ impl Block {
         match result.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(result) => result.map_err(VmmError::os(format!("cannot flush disk {}", self.id))),
             Err(_) => Err(VmmError::Status(format!("disk {} was not flushed in time", self.id))),
+        }
+    }
+
+    /// The locks on its image.
+    pub(crate) fn image_lock(&self) -> Arc<ImageLock> {
+        Arc::clone(&self.lock)
+    }
+
+    /// Lets others have the image, once the machine has ended; not if a request may still be under way.
+    pub(crate) fn let_go(&self) {
+        if !matches!(*lock(&self.pool), Use::Stuck) {
+            self.lock.release();
         }
     }
 

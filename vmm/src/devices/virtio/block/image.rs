@@ -85,6 +85,11 @@ impl Image {
         })
     }
 
+    /// The open file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     pub(super) fn size_bytes(&self) -> u64 {
         self.size_bytes
     }

@@ -302,7 +302,9 @@ fn what_is_no_image_is_not_opened() {
     let folder = tempfile::tempdir().unwrap();
     let open = |path: &std::path::Path| {
         let config = DiskConfig { id: "d".into(), path: path.into(), readonly: false };
-        super::open(&config, CacheMode::Direct, 1).map(drop).map_err(|error| crate::error::chain(&error))
+        super::open(&config, CacheMode::Direct, 1, Company::Nobody)
+            .map(drop)
+            .map_err(|error| crate::error::chain(&error))
     };
     assert!(open(&folder.path().join("missing")).unwrap_err().contains("No such file"));
     assert!(open(folder.path()).is_err());

@@ -136,7 +136,7 @@ impl Rig {
         fs::write(folder.path().join("disk"), vec![0; size]).unwrap();
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let (interrupt, line) = interrupt();
-        let block = open(&folder, false, true);
+        let block = open(&folder, false, true, Company::Nobody);
         let mut rig = Self {
             folder,
             read_only: false,
@@ -155,7 +155,8 @@ impl Rig {
             heap: Cell::new(HEAP),
         };
         set(&mut rig);
-        rig.block = open(&rig.folder, rig.read_only, rig.page_cache);
+        rig.block.let_go();
+        rig.block = open(&rig.folder, rig.read_only, rig.page_cache, Company::Nobody);
         rig.activate(None);
         rig.block.resume();
         rig
@@ -208,7 +209,7 @@ impl Rig {
         let (interrupt, line) = interrupt();
         let mut rig = Rig {
             folder: Rc::clone(&self.folder),
-            block: open(&self.folder, self.read_only, self.page_cache),
+            block: open(&self.folder, self.read_only, self.page_cache, Company::Source),
             interrupt,
             memory: self.memory.clone(),
             line,
@@ -424,7 +425,7 @@ fn interrupt() -> (Arc<Interrupt>, EventFd) {
     (Arc::new(Interrupt::new(line.try_clone().unwrap())), line)
 }
 
-fn open(folder: &tempfile::TempDir, readonly: bool, page_cache: bool) -> Arc<Block> {
+fn open(folder: &tempfile::TempDir, readonly: bool, page_cache: bool, company: Company) -> Arc<Block> {
     let config = DiskConfig { id: "root".into(), path: folder.path().join("disk"), readonly };
-    super::open(&config, CacheMode::of(page_cache), QUEUES as u16).unwrap()
+    super::open(&config, CacheMode::of(page_cache), QUEUES as u16, company).unwrap()
 }
