@@ -210,9 +210,17 @@ fn open_nets(config: &MachineConfig, accepted: &[u64]) -> Result<Vec<Arc<Net>>, 
     config.nets.iter().enumerate().map(|(index, net)| net::open(net, accepted(index))).collect()
 }
 
+/// How sections of virtio devices are called.
+const VIRTIO: &str = "virtio/";
+
 /// The section of the virtio device in this place.
 pub(crate) fn virtio_kind(slot: usize) -> String {
-    format!("virtio/{slot}")
+    format!("{VIRTIO}{slot}")
+}
+
+/// Whether a section is that of a virtio device.
+pub(crate) fn is_virtio_kind(kind: &str) -> bool {
+    kind.starts_with(VIRTIO)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A machine's saved state as sections: their kinds and versions, encoding and decoding.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use godwit_core::Section;
 use godwit_core::codec;
@@ -11,8 +12,8 @@ use serde::de::DeserializeOwned;
 use crate::chips::{self, IrqchipState, PitState};
 use crate::clock::{self, ClockState};
 use crate::devices::acpi::power;
-use crate::devices::virtio::mmio;
-use crate::devices::{DevicesState, serial, virtio_kind};
+use crate::devices::virtio::mmio::{self, VirtioState};
+use crate::devices::{DevicesState, is_virtio_kind, serial, virtio_kind};
 use crate::error::VmmError;
 use crate::vcpu::state::{self as vcpu_state, StateShape, VcpuState};
 
@@ -55,15 +56,23 @@ pub(crate) fn sections(counts: Counts) -> Vec<SectionVersion> {
     vcpus.chain(chips).chain(virtio).collect()
 }
 
+/// The versions of a section that this version reads: the one that it writes, and what it has brought up to date before.
+fn readable(known: &SectionVersion) -> RangeInclusive<u16> {
+    let oldest = if is_virtio_kind(&known.kind) { mmio::OLDEST_VERSION } else { known.version };
+    oldest..=known.version
+}
+
 /// Every reason why sections of these kinds and versions cannot make up a machine with so many parts.
 pub(crate) fn unusable(offered: &[SectionVersion], counts: Counts) -> Vec<String> {
     let known = sections(counts);
     let unknown = offered.iter().filter_map(|section| match known.iter().find(|known| known.kind == section.kind) {
         None => Some(format!("this version knows no section {:?}", printable(&section.kind))),
-        Some(known) if known.version != section.version => Some(format!(
-            "section {} has version {}, this version reads {}",
-            known.kind, section.version, known.version
-        )),
+        Some(known) if !readable(known).contains(&section.version) => {
+            let (oldest, newest) = readable(known).into_inner();
+            let readable = if oldest == newest { newest.to_string() } else { format!("{oldest} to {newest}") };
+            let (kind, version) = (&known.kind, section.version);
+            Some(format!("section {kind} has version {version}, this version reads {readable}"))
+        }
         Some(_) if offered.iter().filter(|other| other.kind == section.kind).count() > 1 => {
             Some(format!("section {} occurs more than once", section.kind))
         }
@@ -108,8 +117,7 @@ impl MachineState {
         if let Some(reason) = unusable(&versions, counts).into_iter().next() {
             return Err(VmmError::Status(format!("the state cannot be loaded: {reason}")));
         }
-        let by_kind: BTreeMap<&str, &[u8]> =
-            sections.iter().map(|section| (section.kind.as_str(), section.payload.as_slice())).collect();
+        let by_kind: BTreeMap<_, _> = sections.iter().map(|section| (section.kind.as_str(), section)).collect();
         let state = Self {
             vcpus: (0..counts.vcpus).map(|id| value(&by_kind, &vcpu_kind(id))).collect::<Result<_, _>>()?,
             irqchip: value(&by_kind, IRQCHIP)?,
@@ -118,9 +126,7 @@ impl MachineState {
             devices: DevicesState {
                 serial: value(&by_kind, SERIAL)?,
                 power: value(&by_kind, POWER)?,
-                virtio: (0..counts.virtio_devices)
-                    .map(|slot| value(&by_kind, &virtio_kind(slot)))
-                    .collect::<Result<_, _>>()?,
+                virtio: (0..counts.virtio_devices).map(|slot| virtio(&by_kind, slot)).collect::<Result<_, _>>()?,
             },
         };
         for (id, vcpu) in (0..).zip(&state.vcpus) {
@@ -147,9 +153,18 @@ fn section(kind: String, version: u16, state: &impl Serialize) -> Result<Section
     Ok(Section { kind, version, payload })
 }
 
-fn value<T: DeserializeOwned>(by_kind: &BTreeMap<&str, &[u8]>, kind: &str) -> Result<T, VmmError> {
-    let payload = by_kind.get(kind).ok_or_else(|| VmmError::state(kind, "it is missing"))?;
-    codec::decode(payload).map_err(|error| VmmError::state(kind, error.to_string()))
+fn find<'a>(by_kind: &BTreeMap<&str, &'a Section>, kind: &str) -> Result<&'a Section, VmmError> {
+    by_kind.get(kind).copied().ok_or_else(|| VmmError::state(kind, "it is missing"))
+}
+
+fn value<T: DeserializeOwned>(by_kind: &BTreeMap<&str, &Section>, kind: &str) -> Result<T, VmmError> {
+    codec::decode(&find(by_kind, kind)?.payload).map_err(|error| VmmError::state(kind, error.to_string()))
+}
+
+fn virtio(by_kind: &BTreeMap<&str, &Section>, slot: usize) -> Result<VirtioState, VmmError> {
+    let kind = virtio_kind(slot);
+    let section = find(by_kind, &kind)?;
+    VirtioState::decode(section.version, &section.payload).map_err(|error| VmmError::state(kind, error.to_string()))
 }
 
 #[cfg(test)]
@@ -169,10 +184,18 @@ mod tests {
         offered[0].version = 9;
         offered[1].kind = "tpm\u{1b}[2J".into();
         offered.push(offered[2].clone());
+        let mut virtio = offered.iter_mut().filter(|section| section.kind.starts_with("virtio"));
+        virtio.next().unwrap().version = 1;
+        virtio.next().unwrap().version = 3;
         let reasons = unusable(&offered, COUNTS);
         assert!(reasons.iter().any(|r| r == "section vcpu/0 has version 9, this version reads 1"), "{reasons:?}");
         assert!(reasons.iter().any(|r| r == "this version knows no section \"tpm[2J\""), "{reasons:?}");
         assert!(reasons.iter().any(|r| r == "section vcpu/1 is missing"), "{reasons:?}");
         assert!(reasons.iter().any(|r| r.contains("more than once")), "{reasons:?}");
+        assert!(
+            reasons.iter().any(|r| r == "section virtio/1 has version 3, this version reads 1 to 2"),
+            "{reasons:?}"
+        );
+        assert!(!reasons.iter().any(|r| r.contains("virtio/0")), "an older version is read: {reasons:?}");
     }
 }

@@ -30,7 +30,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::registers::{Registers, driver_bits};
-pub(crate) use self::state::{VERSION, VirtioState};
+pub(crate) use self::state::{OLDEST_VERSION, VERSION, VirtioState};
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::devices::serial::eventfd;
 use crate::devices::{Device, Effect};

@@ -6,7 +6,9 @@
 //! | `pump` | the thread that moves frames, and the gate that stops it |
 //! | `receive`, `transmit`, `control` | the queues |
 //! | `chain`, `used`, `vectored` | descriptor chains as pieces of guest memory, and system calls on those |
-//! | `learn`, `announce` | which addresses the guest has, and the frames that say where it is now |
+//! | `vlan`, `statement`, `learn` | which addresses the guest has in which VLAN, learned from its frames |
+//! | `announce` | the frames that say where it is now |
+//! | `state` | what travels when the machine moves |
 //!
 //! What arrives while the device is closed stays in the tap's queue, which the kernel bounds. When a driver becomes ready, or a
 //! machine's state is loaded, the queue is emptied first: it may hold what was flooded to this host while the guest ran on another
@@ -20,12 +22,15 @@ pub(crate) mod link;
 mod mac;
 mod pump;
 mod receive;
+mod state;
+mod statement;
 pub(crate) mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
 mod transmit;
 mod used;
 mod vectored;
+mod vlan;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,7 +38,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use godwit_core::codec;
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC,
@@ -43,11 +47,13 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::QueueState;
 
 use self::control::{Command, Control};
-use self::learn::{AddressBook, SavedBook};
+use self::learn::AddressBook;
 use self::link::Port;
 pub(crate) use self::mac::MacAddress;
 use self::pump::{Engine, Pump};
 use self::receive::Receiver;
+use self::state::State;
+pub(crate) use self::state::from_version_1;
 use self::tap::{HOST_FEATURES, OFFLOAD_FEATURES, Tap, TapError};
 use self::transmit::Transmitter;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
@@ -94,15 +100,6 @@ struct Shared {
     /// What the driver has accepted of [`OFFLOAD_FEATURES`], and of that what it wants now.
     offloads: Mutex<Option<u64>>,
     accepted: AtomicU64,
-}
-
-/// What a destination has to know of an interface: version 1.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct State {
-    book: SavedBook,
-    announce_pending: bool,
-    /// None before a driver was ready.
-    offloads: Option<u64>,
 }
 
 /// Opens the interface's tap, which has to support the features in `needed`: those that the driver of a machine that comes in has
@@ -161,11 +158,8 @@ impl Net {
         if active.as_ref().is_some_and(|active| !active.pump.is_open()) {
             return Ok(0);
         }
-        let (addresses, is_router) = {
-            let book = lock(&self.shared.book);
-            (book.addresses(Instant::now()), book.is_router())
-        };
-        let frames = announce::frames(self.shared.mac, &addresses, is_router);
+        let presences = lock(&self.shared.book).presences(Instant::now());
+        let frames: Vec<_> = presences.iter().flat_map(|presence| announce::frames(self.shared.mac, presence)).collect();
         for frame in &frames {
             self.shared.tap.write_frame(frame)?;
         }

@@ -2,21 +2,27 @@
 
 use std::sync::Arc;
 
+use godwit_core::codec::{self, CodecError};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_queue::QueueState;
 
 use super::registers::{DRIVER_BITS, QueueRegisters, Registers};
 use super::{Interrupt, VirtioDevice};
+use crate::devices::virtio::net;
 use crate::error::VmmError;
 
-/// Version of the layout of section `virtio/N`.
-pub(crate) const VERSION: u16 = 1;
+/// Version of the layout of section `virtio/N`, which includes what devices add. Version 2: network interfaces know VLANs.
+pub(crate) const VERSION: u16 = 2;
+
+/// The oldest version that is still read.
+pub(crate) const OLDEST_VERSION: u16 = 1;
 
 /// The most bytes that a device may add: far more than any has.
 const MAX_DEVICE_BYTES: usize = 1 << 20;
 
-/// The state of a virtio device, version 1.
+/// The state of a virtio device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VirtioState {
     /// What kind of device it is (VIRTIO_ID_…).
@@ -45,6 +51,15 @@ struct SavedQueue {
 }
 
 impl VirtioState {
+    /// Reads the section, as of a version from [`OLDEST_VERSION`] to [`VERSION`].
+    pub(crate) fn decode(version: u16, payload: &[u8]) -> Result<Self, CodecError> {
+        let mut state: Self = codec::decode(payload)?;
+        if version == 1 && state.kind == VIRTIO_ID_NET {
+            state.device = net::from_version_1(&state.device)?;
+        }
+        Ok(state)
+    }
+
     /// The state of a closed device. `in_use`: its queues as they stand, if it is active.
     pub(super) fn save(
         device: &Arc<dyn VirtioDevice>,
@@ -118,5 +133,39 @@ impl VirtioState {
     /// How far each queue has come: in the available and in the used ring.
     pub(super) fn positions(&self) -> Vec<(u16, u16)> {
         self.queues.iter().map(|queue| (queue.next_avail, queue.next_used)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+    use super::*;
+
+    #[test]
+    fn version_1_of_a_network_interface_is_brought_up_to_date() {
+        let state = |kind, device: &[u8]| VirtioState {
+            kind,
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues: Vec::new(),
+            active: false,
+            interrupt_status: 0,
+            broken: false,
+            config_generation: 0,
+            device: device.into(),
+        };
+        let read = |version, kind, device: &[u8]| {
+            VirtioState::decode(version, &codec::encode(&state(kind, device)).unwrap()).map(|state| state.device)
+        };
+        // No router, no addresses, nothing pending, no offloads.
+        let old = [0; 11];
+        assert_eq!(read(1, VIRTIO_ID_NET, &old).unwrap(), net::from_version_1(&old).unwrap());
+        assert!(read(1, VIRTIO_ID_NET, &old[1..]).is_err());
+        assert_eq!(read(2, VIRTIO_ID_NET, &old).unwrap(), old);
+        assert_eq!(read(1, VIRTIO_ID_BLOCK, &old).unwrap(), old);
     }
 }

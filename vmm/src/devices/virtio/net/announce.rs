@@ -1,13 +1,14 @@
 //! The frames that tell a network where a machine is now, as if the machine itself had sent them.
 //!
 //! RARP teaches switches the hardware address; gratuitous ARP, in both of its forms, and unsolicited neighbour advertisements
-//! make neighbours look again at the addresses that the guest is known to have.
+//! make neighbours look again at the addresses that the guest is known to have. Each goes into the VLAN that it is about.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::icmpv6::NeighborAdvertisementHeader;
 use etherparse::{ArpEthIpv4Packet, ArpOperation, EtherType, Ethernet2Header, Icmpv6Type, PacketBuilder};
 
+use super::learn::Presence;
 use super::mac::MacAddress;
 
 /// The shortest frame on an Ethernet, without its checksum.
@@ -27,16 +28,19 @@ const HOP_LIMIT: u8 = 255;
 /// The option that carries the hardware address of an advertisement's target: type, length in units of 8 bytes.
 const TARGET_ADDRESS_OPTION: [u8; 2] = [2, 1];
 
-/// One round of frames for an interface with this hardware address and these addresses.
-pub(super) fn frames(mac: MacAddress, addresses: &[IpAddr], is_router: bool) -> Vec<Vec<u8>> {
+/// One round of frames for an interface with this hardware address, in one network.
+pub(super) fn frames(mac: MacAddress, presence: &Presence) -> Vec<Vec<u8>> {
     let mut frames = vec![rarp(mac)];
-    for address in addresses {
+    for address in &presence.addresses {
         match address {
             IpAddr::V4(address) => frames.extend(gratuitous_arp(mac, *address)),
-            IpAddr::V6(address) => frames.extend(neighbour_advertisement(mac, *address, is_router)),
+            IpAddr::V6(address) => frames.extend(neighbour_advertisement(mac, *address, presence.router)),
         }
     }
-    frames
+    match presence.vlan {
+        Some(vlan) => frames.into_iter().map(|frame| vlan.tag(frame)).collect(),
+        None => frames,
+    }
 }
 
 /// Asks which IP address belongs to its own hardware address.

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::devices::virtio::net::vlan::Vlan;
 
 const MAC: MacAddress = MacAddress([0x52, 0x54, 0x00, 0xaa, 0xbb, 0xcc]);
 
@@ -27,9 +28,14 @@ fn internet_sum(parts: &[&[u8]]) -> u16 {
     (sum % 0xffff) as u16
 }
 
+fn round(vlan: Option<Vlan>, addresses: &[&str], router: bool) -> Vec<Vec<u8>> {
+    let addresses = addresses.iter().map(|address| address.parse().unwrap()).collect();
+    frames(MAC, &Presence { vlan, addresses, router })
+}
+
 #[test]
 fn every_address_has_its_frames() {
-    let frames = frames(MAC, &["192.0.2.17".parse().unwrap(), "2001:db8::17".parse().unwrap()], true);
+    let frames = round(None, &["192.0.2.17", "2001:db8::17"], true);
     let rarp =
         padded("ffffffffffff 525400aabbcc 8035  0001 0800 06 04 0003  525400aabbcc 00000000  525400aabbcc 00000000");
     let request =
@@ -48,10 +54,23 @@ fn every_address_has_its_frames() {
     assert_eq!(advertisement, expected);
 }
 
+#[test]
+fn a_vlans_frames_have_its_tag() {
+    let addresses = ["192.0.2.17", "fe80::17"];
+    let untagged = round(None, &addresses, false);
+    for (protocol, tag) in [(0x8100, [0x81, 0, 0x0f, 0xa1]), (0x88a8, [0x88, 0xa8, 0x0f, 0xa1])] {
+        let tagged = round(Vlan::new(protocol, 0xfa1), &addresses, false);
+        let expected: Vec<_> = untagged.iter().map(|frame| [&frame[..12], &tag, &frame[12..]].concat()).collect();
+        assert_eq!(tagged, expected);
+        assert!(tagged.iter().all(|frame| frame.len() >= MIN_FRAME_BYTES + 4), "long enough without the tag, too");
+    }
+}
+
 proptest! {
     #[test]
     fn advertisements_have_the_right_flags_and_checksum(address: u128, mac: [u8; 6], router: bool) {
-        let frames = frames(MacAddress(mac), &[Ipv6Addr::from(address).into()], router);
+        let presence = Presence { vlan: None, addresses: vec![Ipv6Addr::from(address).into()], router };
+        let frames = frames(MacAddress(mac), &presence);
         let packet = &frames[1][14..];
         let (addresses, message) = (&packet[8..40], &packet[40..]);
         let pseudo_header = [0, 0, 0, message.len() as u8, 0, 0, 0, 58];

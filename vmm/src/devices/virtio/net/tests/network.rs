@@ -48,22 +48,48 @@ pub(crate) fn open_soon(tap: &str, needed: u64) -> Arc<Net> {
 
 /// Runs `ip` in the thread's namespace.
 pub(crate) fn ip(arguments: &str) -> String {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output().unwrap();
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    run("ip", arguments)
+}
+
+/// Runs a program of iproute2 in this thread's namespace.
+pub(crate) fn run(program: &str, arguments: &str) -> String {
+    try_run(program, arguments).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The same for what not every kernel can. If this one cannot, the test cannot be run.
+#[must_use]
+pub(crate) fn kernel_can(arguments: &str) -> bool {
+    let result = try_run("ip", arguments);
+    if let Err(error) = &result {
+        eprintln!("SKIPPED: {error}");
+    }
+    result.is_ok()
+}
+
+fn try_run(program: &str, arguments: &str) -> Result<String, String> {
+    let output = Command::new(program).args(arguments.split_whitespace()).output().unwrap();
+    if !output.status.success() {
+        return Err(format!("{program} {arguments}: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8(output.stdout).unwrap())
 }
 
 /// A bridge with taps in it, and the one that stands for the rest of the network.
 pub(crate) fn bridge(taps: &[&str]) -> Tap {
-    ip("link add br0 type bridge forward_delay 0 mcast_snooping 0");
-    ip("link set br0 up");
-    for tap in taps.iter().chain([&OUTSIDE]) {
+    bridge_called("br0", taps, OUTSIDE)
+}
+
+/// The same, where there are several.
+pub(crate) fn bridge_called(name: &str, taps: &[&str], outside: &str) -> Tap {
+    ip(&format!("link add {name} type bridge forward_delay 0 mcast_snooping 0"));
+    ip(&format!("link set {name} up"));
+    for tap in taps.iter().chain([&outside]) {
         add_tap(tap);
-        ip(&format!("link set {tap} master br0"));
+        ip(&format!("link set {tap} master {name}"));
     }
-    let outside = Tap::open(OUTSIDE).unwrap();
-    wait_until_connected(OUTSIDE);
-    outside
+    let open = Tap::open(outside).unwrap();
+    wait_until_connected(outside);
+    open
 }
 
 /// Waits until a bridge forwards to and from a tap that has just been opened, if it is in one.
