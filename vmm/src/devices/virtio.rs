@@ -11,6 +11,8 @@
 //! network or put into guest memory while the machine is paused, and before a machine that comes in is owned.
 
 pub(crate) mod block;
+#[cfg(test)]
+pub(crate) mod driver_ring;
 pub(crate) mod mmio;
 pub(crate) mod net;
 pub(crate) mod rng;

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `tap`, `link` | the host's side: opening a tap, asking the kernel about interfaces |
 //! | `pump` | the thread that moves frames, and the gate that stops it |
-//! | `receive`, `transmit`, `control` | the queues |
+//! | `receive`, `transmit`, `control`, `serve` | the queues |
 //! | `chain`, `used`, `vectored` | descriptor chains as pieces of guest memory, and system calls on those |
 //! | `vlan`, `statement`, `learn` | which addresses the guest has in which VLAN, learned from its frames |
 //! | `announce` | the frames that say where it is now |
@@ -22,6 +22,7 @@ pub(crate) mod link;
 mod mac;
 mod pump;
 mod receive;
+mod serve;
 mod state;
 mod statement;
 pub(crate) mod tap;

@@ -5,10 +5,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain::{Chain, QueueError, copy_in, copy_out};
+use super::chain::{QueueError, copy_in, copy_out};
+use super::serve::serve;
 use crate::devices::virtio::Interrupt;
 
 /// Commands that are carried out in one go, before others get their turn.
@@ -66,15 +67,7 @@ impl Control {
         interrupt: &Interrupt,
         mut obey: impl FnMut(Command) -> bool,
     ) -> Result<bool, QueueError> {
-        let mut done = 0;
-        while done < BURST_COMMANDS {
-            let Some(descriptors) = self.queue.iter(memory)?.next() else {
-                if self.queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
-            let chain = Chain::read(memory, descriptors, self.queue.size())?;
+        serve(&mut self.queue, memory, BURST_COMMANDS, interrupt, |chain| {
             let mut bytes = [0; MAX_COMMAND_BYTES];
             let length = copy_out(&chain.readable, 0, &mut bytes)?;
             let obeyed = Command::read(&bytes[..length]).is_some_and(&mut obey);
@@ -82,13 +75,8 @@ impl Control {
             if copy_in(&chain.writable, 0, &[answer as u8])? == 0 {
                 return Err(QueueError::Shape("no room for the answer in the control queue"));
             }
-            self.queue.add_used(memory, chain.head, 1)?;
-            done += 1;
-        }
-        if done > 0 && self.queue.needs_notification(memory)? {
-            interrupt.used_buffers();
-        }
-        Ok(done == BURST_COMMANDS)
+            Ok(1)
+        })
     }
 }
 

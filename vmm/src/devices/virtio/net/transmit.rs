@@ -3,11 +3,12 @@
 use std::time::Instant;
 
 use godwit_core::GuestMemory;
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain::{Chain, QueueError, copy_out};
+use super::chain::{QueueError, copy_out};
 use super::learn::{AddressBook, HEAD_BYTES};
+use super::serve::serve;
 use super::tap::{HEADER_BYTES, Tap};
 use crate::devices::virtio::Interrupt;
 
@@ -42,16 +43,7 @@ impl Transmitter {
         interrupt: &Interrupt,
     ) -> Result<bool, QueueError> {
         let now = Instant::now();
-        let mut sent = 0;
-        self.queue.disable_notification(memory)?;
-        while sent < BURST_FRAMES {
-            let Some(descriptors) = self.queue.iter(memory)?.next() else {
-                if self.queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
-            let chain = Chain::read(memory, descriptors, self.queue.size())?;
+        serve(&mut self.queue, memory, BURST_FRAMES, interrupt, |chain| {
             if !chain.writable.is_empty() {
                 return Err(QueueError::Shape("writable buffers in the transmit queue"));
             }
@@ -63,12 +55,7 @@ impl Transmitter {
             if let Err(error) = tap.write(&chain.readable) {
                 tracing::debug!("tap {}: a frame was lost: {error}", tap.name());
             }
-            self.queue.add_used(memory, chain.head, 0)?;
-            sent += 1;
-        }
-        if sent > 0 && self.queue.needs_notification(memory)? {
-            interrupt.used_buffers();
-        }
-        Ok(sent == BURST_FRAMES)
+            Ok(0)
+        })
     }
 }

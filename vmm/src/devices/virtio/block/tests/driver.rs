@@ -6,26 +6,21 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use godwit_core::GuestMemory;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::Queue;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::devices::virtio::driver_ring::{DriverRing, INDIRECT, NEXT, RING_BYTES, WRITABLE, descriptor};
 use crate::devices::virtio::{ActiveQueue, Interrupt};
 
 const QUEUES: usize = 2;
 const MEMORY_BYTES: usize = 16 << 20;
 /// Each queue's rings lie here, and one after the other.
 const RINGS: u64 = 0x1000;
-const RING_BYTES: u64 = 0x4000;
-const AVAIL: u64 = 0x1000;
-const USED: u64 = 0x2000;
 /// Requests lie from here on.
 const HEAP: u64 = 1 << 20;
-const NEXT: u16 = 1;
-const WRITABLE: u16 = 2;
-const INDIRECT: u16 = 4;
 
 /// A request to be laid out.
 #[derive(Debug, Clone)]
@@ -115,9 +110,9 @@ pub(super) struct Rig {
     pub(super) memory: GuestMemory,
     line: EventFd,
     kicks: Vec<EventFd>,
+    rings: [DriverRing; QUEUES],
+    /// By queue: the next descriptor that is free.
     descriptors: [Cell<u16>; QUEUES],
-    available: [Cell<u16>; QUEUES],
-    seen: [Cell<u16>; QUEUES],
     used: RefCell<BTreeMap<(usize, u16), u32>>,
     heap: Cell<u64>,
 }
@@ -137,6 +132,7 @@ impl Rig {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let (interrupt, line) = interrupt();
         let block = open(&folder, false, true, Company::Nobody);
+        let ring = |queue| DriverRing::new(&memory, RINGS + RING_BYTES * queue, QUEUE_SIZE);
         let mut rig = Self {
             folder,
             read_only: false,
@@ -145,12 +141,11 @@ impl Rig {
             page_cache: false,
             block,
             interrupt,
+            rings: [ring(0), ring(1)],
             memory,
             line,
             kicks: Vec::new(),
             descriptors: Default::default(),
-            available: Default::default(),
-            seen: Default::default(),
             used: RefCell::default(),
             heap: Cell::new(HEAP),
         };
@@ -170,16 +165,7 @@ impl Rig {
         self.kicks = (0..QUEUES).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
         let queue = |index: usize| match &states {
             Some(states) => Queue::try_from(states[index]).unwrap(),
-            None => {
-                let (mut queue, rings) = (Queue::new(QUEUE_SIZE).unwrap(), rings(index));
-                queue.set_size(QUEUE_SIZE);
-                queue.set_event_idx(self.event_idx);
-                queue.try_set_desc_table_address(GuestAddress(rings)).unwrap();
-                queue.try_set_avail_ring_address(GuestAddress(rings + AVAIL)).unwrap();
-                queue.try_set_used_ring_address(GuestAddress(rings + USED)).unwrap();
-                queue.set_ready(true);
-                queue
-            }
+            None => self.rings[index].queue(self.event_idx),
         };
         let active = |index| Some(ActiveQueue { queue: queue(index), kick: self.kicks[index].try_clone().unwrap() });
         let features = self.block.features() & !(u64::from(!self.flush) << VIRTIO_BLK_F_FLUSH);
@@ -196,10 +182,8 @@ impl Rig {
     pub(super) fn reset_and_activate(&mut self) {
         self.block.reset();
         self.interrupt.reset();
-        for index in 0..QUEUES {
-            self.memory.write_slice(&[0; RING_BYTES as usize], GuestAddress(rings(index))).unwrap();
-        }
-        (self.descriptors, self.available, self.seen) = Default::default();
+        self.rings.iter().for_each(DriverRing::clear);
+        self.descriptors = Default::default();
         self.activate(None);
         self.block.resume();
     }
@@ -214,9 +198,8 @@ impl Rig {
             memory: self.memory.clone(),
             line,
             kicks: Vec::new(),
+            rings: self.rings.clone(),
             descriptors: self.descriptors.clone(),
-            available: self.available.clone(),
-            seen: self.seen.clone(),
             used: self.used.clone(),
             heap: self.heap.clone(),
             ..*self
@@ -277,7 +260,7 @@ impl Rig {
             false => self.put(op.queue, &chain),
             true => {
                 let table = base + 2048;
-                write(table, &descriptors(&chain, 0));
+                write(table, descriptors(&chain, 0).as_flattened());
                 self.put(op.queue, &[(table, 16 * chain.len() as u32, INDIRECT)])
             }
         };
@@ -294,15 +277,11 @@ impl Rig {
 
     /// Makes these descriptors available as they are; `low`: where memory is.
     pub(super) fn submit_raw(&self, raw: &[(u64, u32, u16, u16)], low: bool) {
-        let mut bytes = Vec::new();
-        for (address, length, flags, next) in raw {
-            let (address, next) = if low { (HEAP + address % (8 << 20), next % 20) } else { (*address, *next) };
-            let length = if low { length % (1 << 16) } else { *length };
-            bytes.extend(
-                [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat(),
-            );
-        }
-        self.memory.write_slice(&bytes, GuestAddress(rings(0))).unwrap();
+        let raw = raw.iter().map(|&(address, length, flags, next)| {
+            let (address, next) = if low { (HEAP + address % (8 << 20), next % 20) } else { (address, next) };
+            descriptor(address, if low { length % (1 << 16) } else { length }, flags, next)
+        });
+        self.rings[0].describe(0, &raw.collect::<Vec<_>>());
         self.make_available(0, 0);
     }
 
@@ -344,7 +323,7 @@ impl Rig {
 
     /// How many pages of used rings are marked: the driver never writes those.
     pub(super) fn device_marks(&self) -> usize {
-        (0..QUEUES).filter(|index| self.is_marked((rings(*index) + USED) / 4096)).count()
+        self.rings.iter().filter(|ring| self.is_marked(ring.used() / 4096)).count()
     }
 
     fn region<T>(&self, look: impl FnOnce(&AtomicBitmap, usize) -> T) -> T {
@@ -359,65 +338,33 @@ impl Rig {
             first.set(0);
         }
         let head = first.get();
-        let at = rings(queue) + 16 * u64::from(head);
-        self.memory.write_slice(&descriptors(chain, head), GuestAddress(at)).unwrap();
+        self.rings[queue].describe(head, &descriptors(chain, head));
         first.set(head + chain.len() as u16);
         self.make_available(queue, head);
         head
     }
 
     fn make_available(&self, queue: usize, head: u16) {
-        let index = self.available[queue].get();
-        let ring = rings(queue) + AVAIL;
-        let slot = ring + 4 + 2 * u64::from(index % QUEUE_SIZE);
-        self.memory.write_obj(head.to_le(), GuestAddress(slot)).unwrap();
-        self.available[queue].set(index.wrapping_add(1));
-        let next = index.wrapping_add(1).to_le();
-        self.memory.store(next, GuestAddress(ring + 2), std::sync::atomic::Ordering::SeqCst).unwrap();
+        self.rings[queue].make_available(head);
         self.kicks[queue].write(1).unwrap();
     }
 
     fn collect(&self) {
-        for queue in 0..QUEUES {
-            let ring = rings(queue) + USED;
-            let seen = &self.seen[queue];
-            loop {
-                let index: u16 = self.memory.load(GuestAddress(ring + 2), std::sync::atomic::Ordering::SeqCst).unwrap();
-                if index == seen.get() {
-                    // Asks for an interrupt at the next one, and looks again in case it has just come.
-                    let event = GuestAddress(rings(queue) + AVAIL + 4 + 2 * u64::from(QUEUE_SIZE));
-                    self.memory.store(index, event, std::sync::atomic::Ordering::SeqCst).unwrap();
-                    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-                    if self.memory.load::<u16>(GuestAddress(ring + 2), std::sync::atomic::Ordering::SeqCst).unwrap()
-                        == index
-                    {
-                        break;
-                    }
-                    continue;
-                }
-                let slot = ring + 4 + 8 * u64::from(seen.get() % QUEUE_SIZE);
-                let [head, length]: [u32; 2] = self.memory.read_obj(GuestAddress(slot)).unwrap();
-                self.used.borrow_mut().insert((queue, head as u16), length);
-                seen.set(seen.get().wrapping_add(1));
+        for (queue, ring) in self.rings.iter().enumerate() {
+            while let Some((head, length)) = ring.take_used() {
+                self.used.borrow_mut().insert((queue, head), length);
             }
         }
     }
 }
 
-fn rings(queue: usize) -> u64 {
-    RINGS + RING_BYTES * queue as u64
-}
-
-fn descriptors(chain: &[(u64, u32, u16)], first: u16) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for (index, (address, length, flags)) in (first + 1..).zip(chain) {
-        let last = usize::from(index - first) == chain.len();
-        let flags = if last { *flags } else { flags | NEXT };
-        bytes.extend(
-            [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &index.to_le_bytes()].concat(),
-        );
-    }
-    bytes
+/// A chain of descriptors that lie one after the other.
+fn descriptors(chain: &[(u64, u32, u16)], first: u16) -> Vec<[u8; 16]> {
+    let linked = (first + 1..).zip(chain).map(|(next, &(address, length, flags))| {
+        let last = usize::from(next - first) == chain.len();
+        descriptor(address, length, if last { flags } else { flags | NEXT }, next)
+    });
+    linked.collect()
 }
 
 fn interrupt() -> (Arc<Interrupt>, EventFd) {

@@ -4,12 +4,13 @@ use std::cell::Cell;
 
 use godwit_core::GuestMemory;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::network::open_soon;
 use super::*;
+use crate::devices::virtio::driver_ring::{DriverRing, NEXT, RING_BYTES, WRITABLE, descriptor};
 use crate::devices::virtio::net::tap::HEADER_BYTES;
 
 pub(super) const MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x11]);
@@ -18,15 +19,10 @@ pub(super) const TRANSMIT: usize = 1;
 pub(super) const CONTROL: usize = 2;
 
 const MEMORY_BYTES: usize = 96 << 20;
-const RING_BYTES: u64 = 0x4000;
-const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
+const RINGS: u64 = 0x1000;
 /// Each queue's buffers lie here, 64 KiB and a bit for each descriptor.
 const BUFFERS: u64 = 1 << 20;
 const BUFFER_BYTES: u64 = 0x1_1000;
-pub(super) const NEXT: u16 = 1;
-pub(super) const WRITABLE: u16 = 2;
-pub(super) const INDIRECT: u16 = 4;
 
 /// All that the device can do.
 pub(super) fn every_feature(net: &Net) -> u64 {
@@ -42,10 +38,9 @@ pub(super) struct Rig {
     kicks: Vec<EventFd>,
     features: u64,
     event_idx: bool,
-    /// By queue: descriptors that have been laid out, chains made available, chains seen used.
+    pub(super) rings: [DriverRing; 3],
+    /// By queue: descriptors that have been laid out.
     laid_out: [Cell<u16>; 3],
-    available: [Cell<u16>; 3],
-    seen: [Cell<u16>; 3],
 }
 
 pub(super) fn config(tap: &str) -> NetConfig {
@@ -70,8 +65,10 @@ impl Rig {
 
     fn around(net: Arc<Net>, memory: GuestMemory, features: u64, event_idx: bool) -> Self {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let ring = |queue: usize| DriverRing::new(&memory, RINGS + RING_BYTES * queue as u64, QUEUE_SIZES[queue]);
         Self {
             net,
+            rings: [ring(RECEIVE), ring(TRANSMIT), ring(CONTROL)],
             memory,
             interrupt: Arc::new(Interrupt::new(line.try_clone().unwrap())),
             line,
@@ -79,8 +76,6 @@ impl Rig {
             features,
             event_idx,
             laid_out: Default::default(),
-            available: Default::default(),
-            seen: Default::default(),
         }
     }
 
@@ -92,9 +87,8 @@ impl Rig {
     /// The same behind an interface that has been opened before.
     pub(super) fn moved_to(&self, net: Arc<Net>) -> Self {
         let rig = Self {
+            rings: self.rings.clone(),
             laid_out: self.laid_out.clone(),
-            available: self.available.clone(),
-            seen: self.seen.clone(),
             ..Self::around(net, self.memory.clone(), self.features, self.event_idx)
         };
         rig.net.load(&self.net.save().unwrap()).unwrap();
@@ -105,15 +99,7 @@ impl Rig {
     fn activate(&self, states: Option<Vec<QueueState>>) {
         let queue = |index: usize| match &states {
             Some(states) => Queue::try_from(states[index]).unwrap(),
-            None => {
-                let (mut queue, rings) = (Queue::new(QUEUE_SIZES[index]).unwrap(), rings(index));
-                queue.set_event_idx(self.event_idx);
-                queue.try_set_desc_table_address(GuestAddress(rings)).unwrap();
-                queue.try_set_avail_ring_address(GuestAddress(rings + AVAIL)).unwrap();
-                queue.try_set_used_ring_address(GuestAddress(rings + USED)).unwrap();
-                queue.set_ready(true);
-                queue
-            }
+            None => self.rings[index].queue(self.event_idx),
         };
         let active = |index: usize| ActiveQueue { queue: queue(index), kick: self.kicks[index].try_clone().unwrap() };
         let activation = Activation {
@@ -232,16 +218,11 @@ impl Rig {
     }
 
     pub(super) fn describe(&self, queue: usize, index: u16, at: u64, length: u32, flags: u16, next: u16) {
-        self.memory.write_slice(&descriptor(at, length, flags, next), table(queue, index)).unwrap();
+        self.rings[queue].describe(index, &[descriptor(at, length, flags, next)]);
     }
 
     pub(super) fn make_available(&self, queue: usize, head: u16) {
-        let position = u64::from(self.available[queue].get() % QUEUE_SIZES[queue]);
-        let ring = rings(queue) + AVAIL;
-        self.memory.write_obj(head.to_le(), GuestAddress(ring + 4 + position * 2)).unwrap();
-        self.available[queue].set(self.available[queue].get().wrapping_add(1));
-        let index = self.available[queue].get();
-        self.memory.store(index.to_le(), GuestAddress(ring + 2), Ordering::Release).unwrap();
+        self.rings[queue].make_available(head);
     }
 
     pub(super) fn kick(&self, queue: usize) {
@@ -251,47 +232,17 @@ impl Rig {
     /// The next chain that has been used: its head, and how much was written.
     pub(super) fn wait_used(&self, queue: usize, limit: Duration) -> Option<(u16, u32)> {
         let until = Instant::now() + limit;
-        let ring = rings(queue) + USED;
-        let seen = self.seen[queue].get();
-        while self.memory.load::<u16>(GuestAddress(ring + 2), Ordering::Acquire).unwrap() == seen {
-            if Instant::now() > until {
-                return None;
+        loop {
+            let used = self.rings[queue].take_used();
+            if used.is_some() || Instant::now() > until {
+                return used;
             }
             std::thread::sleep(Duration::from_micros(200));
         }
-        let element = ring + 4 + u64::from(seen % QUEUE_SIZES[queue]) * 8;
-        let head: u32 = self.memory.read_obj(GuestAddress(element)).unwrap();
-        let length = self.memory.read_obj(GuestAddress(element + 4)).unwrap();
-        self.seen[queue].set(seen.wrapping_add(1));
-        if self.event_idx {
-            // Tell me of the next one.
-            let event = rings(queue) + AVAIL + 4 + u64::from(QUEUE_SIZES[queue]) * 2;
-            self.memory.store(seen.wrapping_add(1), GuestAddress(event), Ordering::SeqCst).unwrap();
-        }
-        Some((head as u16, length))
     }
-}
-
-/// A descriptor as a driver writes it.
-pub(super) fn descriptor(at: u64, length: u32, flags: u16, next: u16) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&at.to_le_bytes());
-    bytes[8..12].copy_from_slice(&length.to_le_bytes());
-    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-    bytes[14..].copy_from_slice(&next.to_le_bytes());
-    bytes
-}
-
-/// Where a descriptor lies.
-pub(super) fn table(queue: usize, index: u16) -> GuestAddress {
-    GuestAddress(rings(queue) + u64::from(index) * 16)
 }
 
 /// Where a descriptor's buffer lies.
 pub(super) fn buffer(queue: usize, index: u16) -> u64 {
     BUFFERS + (queue as u64 * 256 + u64::from(index)) * BUFFER_BYTES
-}
-
-fn rings(queue: usize) -> u64 {
-    0x1000 + queue as u64 * RING_BYTES
 }

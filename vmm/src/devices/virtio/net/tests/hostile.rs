@@ -1,11 +1,11 @@
 //! Drivers that put nonsense into the queues.
 
 use proptest::prelude::*;
-use vm_memory::Bytes;
 
-use super::driver::{INDIRECT, MAC, NEXT, RECEIVE, Rig, TRANSMIT, WRITABLE, buffer, descriptor, table};
+use super::driver::{MAC, RECEIVE, Rig, TRANSMIT, buffer};
 use super::network::{OUTSIDE_MAC, bridge, enter};
 use super::*;
+use crate::devices::virtio::driver_ring::{INDIRECT, NEXT, WRITABLE, descriptor};
 
 fn broken(rig: &Rig) -> bool {
     let until = soon();
@@ -34,9 +34,7 @@ fn chains_that_no_driver_may_make_break_the_device() {
     ];
     for (what, queue, descriptors) in cases {
         let rig = Rig::new("tap0");
-        for (index, bytes) in (0..).zip(&descriptors) {
-            rig.memory.write_slice(bytes, table(queue, index)).unwrap();
-        }
+        rig.rings[queue].describe(0, &descriptors);
         rig.make_available(queue, 0);
         rig.kick(queue);
         assert!(broken(&rig), "{what}");
@@ -99,7 +97,7 @@ fn any_descriptors_are_survived() {
         .run(&(chains, 0..3usize, any::<u16>()), |(descriptors, queue, head)| {
             let rig = Rig::new("tap0");
             for (index, (at, length, flags, next)) in (0..).zip(descriptors) {
-                rig.memory.write_slice(&descriptor(at, length, flags, next), table(queue, index)).unwrap();
+                rig.describe(queue, index, at, length, flags, next);
             }
             rig.make_available(queue, head % 8);
             rig.kick(queue);
