@@ -17,9 +17,11 @@
 //! | [`lab`] | hosts with stock kernels, in virtual machines |
 //! | [`harness`] | tests that say at run time why they cannot run here |
 //! | [`scenario`] | what the lab shows of a machine that moves: its clients, and how they are judged |
+//! | [`chaos`] | faults at random moments of real moves, and who runs then |
 //! | [`clock`], [`priority`] | the time, and threads that wake up on it |
 //! | [`wait`] | waiting for a condition, never longer than a limit |
 
+pub mod chaos;
 pub mod clock;
 pub mod counters;
 pub mod fuse;

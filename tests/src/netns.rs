@@ -171,6 +171,18 @@ impl Hosts {
         self.hosts[host].ip(&["neigh", "del", &self.address(to, host), "dev", &link_name(to)])
     }
 
+    /// Loses so many of 1000 packets from `host` to `to`, at random, on arrival: nobody is told.
+    pub fn lose_some(&self, host: usize, to: usize, per_mille: u32) -> Result<()> {
+        let (link, program) = (link_name(host), drop_at_random(per_mille));
+        self.hosts[to].tc(&["qdisc", "add", "dev", &link, "clsact"])?;
+        self.hosts[to].tc(&["filter", "add", "dev", &link, "ingress", "bpf", "da", "bytecode", &program])
+    }
+
+    /// Ends [`Hosts::lose_some`].
+    pub fn lose_none(&self, host: usize, to: usize) -> Result<()> {
+        self.hosts[to].tc(&["qdisc", "del", "dev", &link_name(host), "clsact"])
+    }
+
     /// Loses every packet in both directions.
     pub fn cut(&self, first: usize, second: usize) -> Result<()> {
         self.lose(first, second)?;
@@ -208,6 +220,16 @@ impl Hosts {
         }
         Ok(())
     }
+}
+
+/// A classic BPF program, as `tc` takes it, that drops so many of 1000 packets. Not every kernel has netem.
+fn drop_at_random(per_mille: u32) -> String {
+    const LOAD_RANDOM: &str = "32 0 0 4294963256";
+    const PASS: &str = "6 0 0 4294967295";
+    const DROP: &str = "6 0 0 2";
+    let limit = u64::from(u32::MAX) * u64::from(per_mille.min(1000)) / 1000;
+    // Not less than the limit: on to the next instruction. Less: past it.
+    format!("4,{LOAD_RANDOM},53 0 1 {limit},{PASS},{DROP}")
 }
 
 /// The name of a host's end of its link to `to`.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
+mod chaos;
 mod deps;
 mod lab;
 mod shell;
@@ -49,6 +50,9 @@ enum Command {
         #[command(subcommand)]
         command: Option<lab::Command>,
     },
+    /// Moves a machine there and back while random faults strike its processes, network and storage, and sees from outside who
+    /// runs it
+    Chaos(chaos::Chaos),
     /// Checks dependencies against the advisory database (needs the network)
     Audit,
     /// Moves the same guest with QEMU and with Godwit in turn, and shows both
@@ -79,6 +83,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Test { names } => test::run(&names),
         Command::Demo { json } => demo(json),
         Command::Lab { scenario, command } => lab::run(scenario, command),
+        Command::Chaos(chaos) => chaos::run(&chaos),
         Command::Audit => audit(),
         Command::CompareQemu { pairs, json } => {
             deps::require(&["qemu-system-x86_64"])?;
