@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use godwit_core::ownership::start::Refused;
 use godwit_core::ownership::store::{Occupant, Record};
 use godwit_vmm::MachineConfig;
+use serde_json::{Value, json};
 
 /// The claim directory that belongs to a disk: beside it.
 pub fn beside(disk: &Path) -> PathBuf {
@@ -65,15 +66,40 @@ pub fn whose(record: &Record) -> String {
     }
 }
 
+/// An epoch as the programs tell it.
+pub fn as_json(record: &Record) -> Value {
+    let claim = match &record.occupant {
+        Occupant::Claim(claim) => json!({
+            "machine": claim.claimant.machine.as_str(),
+            "host": claim.claimant.host.as_str(),
+            "boot_id": claim.claimant.boot_id.as_str(),
+            "instance": claim.claimant.instance.as_str(),
+        }),
+        Occupant::Foreign(what) => json!({ "foreign": what }),
+    };
+    json!({
+        "epoch": record.epoch.get(),
+        "claim": claim,
+        "age_s": record.since.map(|since| age(since).as_secs()),
+        "running": record.running,
+        "free": record.free,
+    })
+}
+
 /// By the storage's clock, which need not be this host's.
 fn since(time: Option<SystemTime>) -> String {
-    match time.map(|time| SystemTime::now().duration_since(time).unwrap_or_default()) {
-        Some(age) => format!("claimed {} ago", rough(age)),
+    match time {
+        Some(time) => format!("claimed {} ago", rough(age(time))),
         None => "claimed at an unknown time".into(),
     }
 }
 
-fn rough(age: Duration) -> String {
+fn age(since: SystemTime) -> Duration {
+    SystemTime::now().duration_since(since).unwrap_or_default()
+}
+
+/// A time for people, to one unit.
+pub fn rough(age: Duration) -> String {
     match age.as_secs() {
         seconds @ 0..120 => format!("{seconds} s"),
         seconds @ 120..7200 => format!("{} min", seconds / 60),

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use godwit_core::progress::{PageCounts, Report, RoundReport};
+use godwit_core::progress::{PageCounts, Report, RoundReport, Step};
 use godwit_core::source::SourceOutcome;
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +63,8 @@ pub struct Outcome {
     pub pages: PageCounts,
     /// The pause, step by step.
     pub steps: Vec<StepTime>,
+    /// What passing ownership cost in the pause; null without claims, or if the machine did not move.
+    pub handover: Option<HandoverCost>,
     /// Every round, the first pass included.
     pub round_reports: Vec<RoundReport>,
     /// What the audit said.
@@ -78,6 +80,38 @@ pub struct StepTime {
     pub name: String,
     /// How long it took.
     pub duration_ms: f64,
+}
+
+impl From<&Step> for StepTime {
+    fn from(step: &Step) -> Self {
+        StepTime { end: step.end.to_owned(), name: step.name.clone(), duration_ms: step.duration_ms }
+    }
+}
+
+/// What passing ownership cost in the pause.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct HandoverCost {
+    /// The destination's claim.
+    pub claim_ms: f64,
+    /// The marker that the guest has run. Nobody waits for it.
+    pub marker_ms: f64,
+    /// The images' locks. The destination takes them before the pause, the source drops them after it.
+    pub locks_ms: f64,
+    /// All of it.
+    pub total_ms: f64,
+}
+
+impl HandoverCost {
+    /// From the steps of a pause; `None` if nothing was claimed in it.
+    fn of(steps: &[StepTime]) -> Option<Self> {
+        let sum = |name: &str| {
+            let steps = steps.iter().filter(|step| step.name == name);
+            steps.map(|step| step.duration_ms).reduce(|sum, ms| sum + ms)
+        };
+        let claim_ms = sum("claim")?;
+        let (marker_ms, locks_ms) = (sum("marker").unwrap_or(0.0), sum("locks").unwrap_or(0.0));
+        Some(HandoverCost { claim_ms, marker_ms, locks_ms, total_ms: claim_ms + marker_ms + locks_ms })
+    }
 }
 
 impl Outcome {
@@ -97,11 +131,12 @@ impl Outcome {
         let state = match kind {
             OutcomeKind::Moved => format!("the machine is now at {uri}; here it has been stopped for good"),
             OutcomeKind::Unknown => format!(
-                "the guest is paused here, and {uri} may be running it: find out which, then either `quit` here or, only \
-                 if it does not run there and never will, `resume --take-ownership`"
+                "the guest is paused here, and {uri} may be running it: find out which, then either `abandon` it here or, \
+                 only if it does not run there and never will, `resume --force`"
             ),
             _ => format!("the guest is still here, {here}"),
         };
+        let steps: Vec<StepTime> = report.steps.iter().map(StepTime::from).collect();
         Outcome {
             number,
             outcome: kind,
@@ -113,15 +148,8 @@ impl Outcome {
             wire_bytes: report.wire_bytes,
             rounds: report.rounds.iter().map(|round| round.round).max().unwrap_or(0),
             pages: report.pages,
-            steps: report
-                .steps
-                .iter()
-                .map(|step| StepTime {
-                    end: step.end.to_owned(),
-                    name: step.name.clone(),
-                    duration_ms: step.duration_ms,
-                })
-                .collect(),
+            handover: HandoverCost::of(&steps).filter(|_| kind == OutcomeKind::Moved),
+            steps,
             round_reports: report.rounds.clone(),
             audit: report.audit.clone(),
         }
@@ -166,6 +194,21 @@ mod tests {
     fn every_reason_of_a_refusal_is_kept() {
         let refusals = vec![Refusal::new("cpu", "no avx2"), Refusal::new("memory", "too little")];
         assert_eq!(outcome(SourceOutcome::Refused(refusals)).reasons, ["cpu: no avx2", "memory: too little"]);
+    }
+
+    #[test]
+    fn the_handover_has_its_cost_summed_up() {
+        let step = |end, name: &str, duration_ms| Step { end, name: name.into(), duration_ms };
+        let twice = vec![
+            step("source", "pause vCPUs and devices", 3.0),
+            step("destination", "claim", 0.25),
+            step("destination", "claim", 0.5),
+            step("destination", "start vCPUs", 1.0),
+        ];
+        let moved = outcome(SourceOutcome::Moved(Report { steps: twice, ..Report::default() }));
+        let cost = HandoverCost { claim_ms: 0.75, marker_ms: 0.0, locks_ms: 0.0, total_ms: 0.75 };
+        assert_eq!(moved.handover, Some(cost));
+        assert_eq!(outcome(SourceOutcome::Moved(Report::default())).handover, None, "no claims");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A move that has ended, as a small table for people.
 
-use crate::outcome::{Outcome, OutcomeKind};
+use crate::outcome::{HandoverCost, Outcome, OutcomeKind};
 use crate::units::{approximate_bytes, approximate_ms, approximate_rate};
 
 /// The lines of the table; the last one says what state the guest is in, and where.
@@ -30,6 +30,9 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
             row(&format!("  {}", step.end), format!("{:>10}  {}", precise_ms(step.duration_ms), step.name));
         }
     }
+    if let Some(cost) = &outcome.handover {
+        row("handover", handover(cost));
+    }
     row("rounds", outcome.rounds.to_string());
     let mean = outcome.wire_bytes as f64 * 1000.0 / outcome.total_ms.max(1.0);
     row(
@@ -44,6 +47,17 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
     if let Some(audit) = &outcome.audit {
         row("audit", audit.clone());
     }
+}
+
+fn handover(cost: &HandoverCost) -> String {
+    let HandoverCost { claim_ms, marker_ms, locks_ms, total_ms } = *cost;
+    format!(
+        "{} of the downtime: claim {}, marker {} (not waited for), locks {} (overlapping)",
+        precise_ms(total_ms),
+        precise_ms(claim_ms),
+        precise_ms(marker_ms),
+        precise_ms(locks_ms)
+    )
 }
 
 fn precise_ms(ms: f64) -> String {
@@ -65,12 +79,19 @@ mod tests {
             downtime_ms: Some(4.25),
             wire_bytes: 1 << 30,
             rounds: vec![RoundReport::default()],
-            steps: vec![Step { end: "source", name: "pause the vCPUs".into(), duration_ms: 0.5 }],
+            steps: vec![
+                Step { end: "source", name: "pause the vCPUs".into(), duration_ms: 0.5 },
+                Step { end: "destination", name: "claim".into(), duration_ms: 0.2 },
+            ],
             ..Report::default()
         };
         let lines = summary(&Outcome::new(1, "unix:/tmp/b", &SourceOutcome::Moved(report), "paused"));
         assert!(lines.iter().any(|line| line.contains("downtime") && line.contains("4.25 ms")), "{lines:?}");
         assert!(lines.iter().any(|line| line.contains("0.50 ms  pause the vCPUs")), "{lines:?}");
+        assert!(
+            lines.iter().any(|line| line.contains("handover") && line.contains("claim 0.20 ms, marker")),
+            "{lines:?}"
+        );
         assert!(lines.last().is_some_and(|line| line.contains("unix:/tmp/b")), "{lines:?}");
     }
 

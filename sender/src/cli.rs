@@ -9,6 +9,7 @@ use godwit_control::units::{Bandwidth, OrNone, Span};
 use godwit_core::ownership::Name;
 use godwit_vmm::workload::Rate;
 
+use crate::confirm::ConfirmArgs;
 use crate::machine_args::MachineArgs;
 
 /// Boots a virtual machine, keeps it running, and sends it to another host while it runs.
@@ -51,6 +52,8 @@ pub(crate) enum ClientVerb {
     Pause(ControlArgs),
     /// Let a paused guest run on
     Resume(ResumeArgs),
+    /// Give up, for good, the copy of a machine of which nobody knows who has it
+    Abandon(AbandonArgs),
     /// Announce the guest's addresses on its network interfaces
     Announce(ControlArgs),
     /// Ask the guest to power down
@@ -116,9 +119,12 @@ pub(crate) struct ClaimArgs {
     /// This host's name in claims [default: its machine-id]
     #[arg(long, value_name = "NAME", help_heading = "Ownership")]
     pub(crate) host_id: Option<Name>,
-    /// I have made sure that the machine's owner is dead: take it over. With an epoch, only if that one is still the newest
+    /// I have made sure that the machine's owner is dead: take it over. With the epoch that a refusal named, only if that one is still
+    /// the newest; without, says what it risks, and asks
     #[arg(long, value_name = "EPOCH", num_args = 0..=1, require_equals = true, help_heading = "Ownership")]
     pub(crate) take_ownership: Option<Option<NonZeroU64>>,
+    #[command(flatten, next_help_heading = "Ownership")]
+    pub(crate) confirm: ConfirmArgs,
 }
 
 #[derive(Debug, Args)]
@@ -243,9 +249,20 @@ pub(crate) struct SetArgs {
 pub(crate) struct ResumeArgs {
     #[command(flatten)]
     pub(crate) control: ControlArgs,
-    /// After a move that ended unknown: I have made sure that the destination does not run the guest and never will
+    /// After a move that ended unknown: I have made sure that the destination never ran the guest and never will. Says what that risks,
+    /// and asks
     #[arg(long)]
-    pub(crate) take_ownership: bool,
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) confirm: ConfirmArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AbandonArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    #[command(flatten)]
+    pub(crate) confirm: ConfirmArgs,
 }
 
 #[derive(Debug, Args)]

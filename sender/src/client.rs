@@ -9,7 +9,8 @@ use godwit_control::qmp::{Client, ClientError};
 use serde_json::{Value, json};
 
 use crate::Failure;
-use crate::cli::{ClientVerb, ControlArgs, ResumeArgs, SetArgs, ShowArgs, StatusArgs};
+use crate::cli::{ClientVerb, ControlArgs, SetArgs, ShowArgs, StatusArgs};
+use crate::doubt;
 use crate::follow::{OnInterrupt, follow};
 use crate::guest::guest;
 use crate::interrupt::Interrupts;
@@ -26,7 +27,9 @@ pub(crate) fn execute(verb: &ClientVerb, json: bool) -> Result<ExitCode, Failure
             simple(control, "migrate-continue", json!({ "state": "pre-switchover" }), "the move goes on", json)
         }
         ClientVerb::Pause(control) => simple(control, "stop", json!({}), "the guest is paused", json),
-        ClientVerb::Resume(args) => resume(args, json),
+        ClientVerb::Resume(args) if args.force => doubt::resume_force(args, json),
+        ClientVerb::Resume(args) => simple(&args.control, "cont", json!({}), "the guest runs", json),
+        ClientVerb::Abandon(args) => doubt::abandon(args, json),
         ClientVerb::Announce(control) => announce(control, json),
         ClientVerb::Powerdown(control) => {
             simple(control, "system_powerdown", json!({}), "the guest was asked to power down", json)
@@ -65,11 +68,6 @@ fn announce(control: &ControlArgs, json: bool) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn resume(args: &ResumeArgs, json: bool) -> Result<ExitCode, Failure> {
-    let command = if args.take_ownership { "x-godwit-take-ownership" } else { "cont" };
-    simple(&args.control, command, json!({}), "the guest runs", json)
-}
-
 fn set(args: &SetArgs, json: bool) -> Result<ExitCode, Failure> {
     let parameters = given([
         ("max-bandwidth", args.max_bandwidth.map(|bandwidth| json!(or_zero(bandwidth)))),
@@ -100,10 +98,15 @@ fn status(args: &StatusArgs, json: bool) -> Result<ExitCode, Failure> {
     let name = client.execute("query-name", json!({}))?;
     let status = client.execute("query-status", json!({}))?;
     let migration = client.execute("x-godwit-query-migrate", json!({}))?;
+    let ownership = client.execute("x-godwit-query-ownership", json!({}))?;
     if json {
-        out(
-            json!({ "name": name["name"], "status": status["status"], "running": status["running"], "migration": migration }),
-        );
+        out(json!({
+            "name": name["name"],
+            "status": status["status"],
+            "running": status["running"],
+            "migration": migration,
+            "ownership": ownership,
+        }));
         return Ok(ExitCode::SUCCESS);
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -123,6 +126,12 @@ fn status(args: &StatusArgs, json: bool) -> Result<ExitCode, Failure> {
         if outcome["outcome"] == "unknown" && status["running"] == false {
             out(text(&outcome["state"]));
         }
+    }
+    if let (Some(directory), Some(epoch)) = (ownership["directory"].as_str(), ownership["epoch"].as_u64()) {
+        out(format_args!("claims in {directory}, here epoch {epoch}"));
+    }
+    if let Some(waiting) = ownership["waiting"].as_str() {
+        out(format_args!("waits: {waiting}"));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -3,6 +3,8 @@
 
 mod cli;
 mod client;
+mod confirm;
+mod doubt;
 mod follow;
 mod guest;
 mod interrupt;

@@ -2,30 +2,32 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use godwit_control::claims::{default_directory, refusal, whose};
+use godwit_control::claims::{as_json, default_directory, refusal, whose};
 use godwit_control::console::{out, say};
 use godwit_core::ownership::directory::DirectoryStore;
 use godwit_core::ownership::host::INSTANCES;
 use godwit_core::ownership::start::Mode;
-use godwit_core::ownership::store::{Occupant, Reading, Record};
-use godwit_core::ownership::timed::Timed;
+use godwit_core::ownership::store::{Reading, Record};
+use godwit_core::ownership::timed::{Timed, within};
 use godwit_core::ownership::{Epoch, Holding, Host, Nonce, begin};
 use godwit_vmm::MachineConfig;
 use serde_json::json;
 
 use crate::Failure;
 use crate::cli::{ClaimArgs, OwnershipAction, OwnershipArgs};
+use crate::confirm::ConfirmArgs;
 
 /// How long the store may take to be told that a machine that did not boot is free.
 const FREE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long the store may take to show whose the machine is, before it is taken over.
+/// How long the storage may take to show what claims there are, and to make the directory for the first.
 const LOOK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Claims the machine, if it has claims. Blocks as long as the store does not answer, saying so.
@@ -42,7 +44,7 @@ pub(crate) fn claim(args: &ClaimArgs, config: &MachineConfig) -> Result<Option<A
     );
     let store = DirectoryStore::new(&directory);
     let store = Timed::start(store).context("cannot start a thread")?;
-    let mode = mode(args, &directory, &store)?;
+    let mode = mode(args, config, &directory, &store)?;
     let name = config.name.parse().map_err(|error| Failure::Usage(format!("--name: {error}")))?;
     let (me, nonce) = (host.claimant(name), Nonce::random());
     let tell = |why: &str| say(format_args!("the machine cannot start yet: {why}"));
@@ -61,7 +63,11 @@ pub(crate) fn free(holding: &Holding) {
 
 fn directory(args: &ClaimArgs, config: &MachineConfig) -> Result<Option<PathBuf>, Failure> {
     match &args.ownership {
-        None => Ok(default_directory(config)),
+        None => {
+            let config = config.clone();
+            let found = within(LOOK_LIMIT, move || default_directory(&config));
+            Ok(found.map_err(|why| anyhow!("cannot look for the machine's claims beside its disk: {why}"))?)
+        }
         Some(path) if path.as_os_str() == "none" => Ok(None),
         Some(path) => {
             let path = std::path::absolute(path).with_context(|| format!("--ownership {}", path.display()))?;
@@ -71,17 +77,32 @@ fn directory(args: &ClaimArgs, config: &MachineConfig) -> Result<Option<PathBuf>
 }
 
 /// A machine without a claim directory is new; any other has been started before.
-fn mode(args: &ClaimArgs, directory: &Path, store: &Timed) -> Result<Mode, Failure> {
-    let Some(shown) = args.take_ownership else {
-        return match fs::create_dir(directory) {
-            Ok(()) => Ok(Mode::New),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(Mode::Existing),
-            Err(error) => Err(Failure::Internal(anyhow!(
-                "cannot make the claim directory {}: {error} (--ownership DIR puts it elsewhere)",
-                directory.display()
-            ))),
-        };
+fn mode(args: &ClaimArgs, config: &MachineConfig, directory: &Path, store: &Timed) -> Result<Mode, Failure> {
+    if let Some(shown) = args.take_ownership {
+        return take_over(args, shown, config, directory, store).map(Mode::TakeOver);
+    }
+    let path = directory.to_owned();
+    let why = match within(LOOK_LIMIT, move || fs::create_dir(path)) {
+        Ok(Ok(())) => return Ok(Mode::New),
+        Ok(Err(error)) if error.kind() == ErrorKind::AlreadyExists => return Ok(Mode::Existing),
+        Ok(Err(error)) => error.to_string(),
+        Err(why) => why,
     };
+    let directory = directory.display();
+    Err(Failure::Internal(anyhow!(
+        "cannot make the claim directory {directory}: {why} (--ownership DIR puts it elsewhere)"
+    )))
+}
+
+/// A person takes the machine over: the epoch whose owner is said to be dead. Naming it is saying that one has looked; otherwise the person
+/// is shown who that is, and asked.
+fn take_over(
+    args: &ClaimArgs,
+    named: Option<NonZeroU64>,
+    config: &MachineConfig,
+    directory: &Path,
+    store: &Timed,
+) -> Result<Epoch, Failure> {
     let newest = match store.newest(LOOK_LIMIT) {
         Reading::Newest(Some(newest)) => newest,
         Reading::Newest(None) => {
@@ -89,28 +110,28 @@ fn mode(args: &ClaimArgs, directory: &Path, store: &Timed) -> Result<Mode, Failu
         }
         Reading::Unknown(why) => return Err(Failure::Internal(anyhow!(why))),
     };
-    say(format_args!("taking over from its owner: {}", whose(&newest)));
-    say("if that owner is not dead, two guests now write to the same disks");
-    let shown = shown.map_or(Some(newest.epoch), |epoch| Epoch::new(epoch.get()));
-    Ok(Mode::TakeOver(shown.unwrap_or(newest.epoch)))
+    let named = named.and_then(|epoch| Epoch::new(epoch.get()));
+    let confirm = ConfirmArgs { yes: args.confirm.yes || named.is_some() };
+    confirm.ask(&risk_of_taking_over(&newest), &config.name)?;
+    Ok(named.unwrap_or(newest.epoch))
+}
+
+fn risk_of_taking_over(newest: &Record) -> Vec<String> {
+    let next = newest.epoch.next().map_or_else(String::new, |next| format!(" claims epoch {next} and"));
+    vec![
+        format!("taking over from its owner: {}{}", whose(newest), if newest.has_run() { ", has run" } else { "" }),
+        format!("This{next} boots the machine anew, from its disks: what was only in its memory is lost."),
+        "RISK: if that owner is not dead, two guests write to the same disks from then on.".into(),
+    ]
 }
 
 /// Prints what a claim directory says.
 pub(crate) fn show(args: &OwnershipArgs, json: bool) -> Result<ExitCode, Failure> {
     let OwnershipAction::Show { directory } = &args.action;
     let store = DirectoryStore::new(directory);
-    let timed = Timed::start(store.clone()).context("cannot start a thread")?;
-    let newest = match timed.newest(LOOK_LIMIT) {
-        Reading::Newest(newest) => newest,
-        Reading::Unknown(why) => return Err(Failure::Internal(anyhow!(why))),
-    };
-    let mut records = Vec::new();
-    for n in 1..newest.as_ref().map_or(0, |newest| newest.epoch.get()) {
-        let Some(epoch) = Epoch::new(n) else { continue };
-        let record = store.record(epoch).with_context(|| format!("cannot read {}", directory.display()))?;
-        records.extend(record);
-    }
-    records.extend(newest);
+    let failed = |why: String| anyhow!("cannot read the claims in {}: {why}", directory.display());
+    let records = within(LOOK_LIMIT, move || store.records()).map_err(failed)?;
+    let records = records.map_err(|error| failed(error.to_string()))?;
     if json {
         out(json!({ "directory": directory, "claims": records.iter().map(as_json).collect::<Vec<_>>() }));
         return Ok(ExitCode::SUCCESS);
@@ -121,22 +142,12 @@ pub(crate) fn show(args: &OwnershipArgs, json: bool) -> Result<ExitCode, Failure
         out(format_args!("{}{running}{free}", whose(record)));
     }
     match records.last() {
-        None => out("no claims"),
+        None => out(format_args!(
+            "no claims in {}: if a machine's claims should be here, its share may not be mounted",
+            directory.display()
+        )),
         Some(record) if record.free => out("the machine is free: any host may start it"),
         Some(_) => {}
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn as_json(record: &Record) -> serde_json::Value {
-    let claim = match &record.occupant {
-        Occupant::Claim(claim) => json!({
-            "machine": claim.claimant.machine.as_str(),
-            "host": claim.claimant.host.as_str(),
-            "boot_id": claim.claimant.boot_id.as_str(),
-            "instance": claim.claimant.instance.as_str(),
-        }),
-        Occupant::Foreign(what) => json!({ "foreign": what }),
-    };
-    json!({ "epoch": record.epoch.get(), "claim": claim, "running": record.running, "free": record.free })
 }

@@ -92,6 +92,7 @@ fn tell(end: &End) -> ExitCode {
     let (line, code) = match end {
         End::Moved(uri) => (format!("the machine has moved to {uri}"), ExitCode::SUCCESS),
         End::PoweredOff(why) => (format!("the guest has powered off: {why}"), ExitCode::SUCCESS),
+        End::Abandoned => ("the machine was abandoned: the copy here is gone for good".into(), ExitCode::SUCCESS),
         End::Stopped(cause) => (format!("the machine was {cause}"), ExitCode::SUCCESS),
         End::Lost(why) => (format!("the machine is not this host's and was dropped: {why}"), ExitCode::from(EXIT_LOST)),
         End::Faulted(text) => (format!("the guest cannot be run on: {text}"), ExitCode::from(EXIT_INTERNAL)),

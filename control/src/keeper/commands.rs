@@ -11,8 +11,8 @@ use godwit_vmm::Announced;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::state::{Ownership, Shared, Wake};
-use super::{guest_commands, move_commands};
+use super::state::{Shared, Wake};
+use super::{doubt, guest_commands, move_commands};
 use crate::qmp::message::{arguments, version};
 use crate::qmp::{Answer, Arguments, Handler, QmpError};
 
@@ -49,13 +49,15 @@ const COMMANDS: &[(&str, Execute)] = &[
     ("stop", stop),
     ("system_powerdown", system_powerdown),
     ("system_reset", system_reset),
+    ("x-godwit-abandon", doubt::abandon),
     ("x-godwit-guest", guest_commands::guest),
     ("x-godwit-guest-check", guest_commands::check),
     ("x-godwit-machine-definition", machine_definition),
     ("x-godwit-migrate", move_commands::godwit_migrate),
     ("x-godwit-query-migrate", move_commands::godwit_query_migrate),
+    ("x-godwit-query-ownership", doubt::query),
     ("x-godwit-release-hold", move_commands::release_hold),
-    ("x-godwit-take-ownership", take_ownership),
+    ("x-godwit-resume-force", doubt::resume_force),
 ];
 
 /// Executes clients' commands on what the keeper keeps.
@@ -163,36 +165,13 @@ fn cont(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
     resume(shared)
 }
 
-fn resume(shared: &Arc<Shared>) -> Answer {
+pub(super) fn resume(shared: &Arc<Shared>) -> Answer {
     let machine = shared.machine_at_rest()?;
     if !machine.is_running() {
         machine.resume().map_err(failed)?;
         shared.hub.publish("RESUME", Value::Null);
     }
     Ok(json!({}))
-}
-
-/// A person has found out that the destination does not run the guest.
-fn take_ownership(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
-    let NoArguments {} = arguments(command, given)?;
-    let _operation = shared.operation();
-    {
-        let mut state = shared.state();
-        match &state.ownership {
-            // What the claims decide no word of a person decides: the guest may have run there.
-            Ownership::Undecided(_) if state.holding.is_some() => {
-                drop(state);
-                return resume(shared);
-            }
-            Ownership::Undecided(uri) => {
-                tracing::warn!("a person says that {uri} does not run the guest: it runs on here");
-                state.ownership = Ownership::Here;
-            }
-            Ownership::Here => return Err(QmpError::generic("this process owns the machine already")),
-            Ownership::Moved(uri) => return Err(QmpError::generic(format!("{uri} said that it runs the guest"))),
-        }
-    }
-    resume(shared)
 }
 
 fn system_powerdown(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
@@ -239,6 +218,12 @@ fn announce_self(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answe
 
 fn quit(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
     let NoArguments {} = arguments(command, given)?;
+    if shared.state().is_in_doubt() {
+        return Err(QmpError::generic(
+            "nobody knows yet who has the machine, and its memory may be here alone: `abandon` (x-godwit-abandon) says that this copy is \
+             never to run, and ends it",
+        ));
+    }
     let _ = shared.wake.send(Wake::Quit);
     Ok(json!({}))
 }

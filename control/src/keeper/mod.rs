@@ -5,14 +5,15 @@
 //!  no machine ──────▶ machine at rest ─────────▶ being moved ── moved ────▶ end
 //!  (inmigrate)          ▲    │   ▲                  │    │
 //!                  stop │    │   └── failed, cancelled, refused
-//!                  cont └────┘                           └── unknown ──▶ undecided: paused until a person decides
+//!                  cont └────┘                           └── unknown ──▶ in doubt: paused until the claims or a person decide
 //! ```
 //!
 //! It answers the control socket, runs outgoing moves, tells what happens as events, and decides when the process has
-//! nothing left to do. During a handover nothing ends it: only one of the two ends may run the guest, and killing
-//! either before that is settled helps nobody.
+//! nothing left to do. During a handover, and as long as nobody knows how it ended, nothing but a person's `abandon` ends it: only
+//! one of the two ends may run the guest, and its memory may be here alone.
 
 mod commands;
+mod doubt;
 mod guest_commands;
 mod move_commands;
 mod moves;
@@ -64,6 +65,8 @@ pub enum End {
     Faulted(String),
     /// By its claims the machine is another's: what was here of it is dropped.
     Lost(String),
+    /// A person has said that the copy here is never to run.
+    Abandoned,
     /// Somebody asked for it.
     Stopped(StopCause),
 }
@@ -136,6 +139,12 @@ impl Keeper {
             Wake::Machine(event) => self.machine_event(event),
             Wake::MoveEnded => self.move_ended(),
             Wake::Lost(why) => Some(End::Lost(why)),
+            Wake::Abandoned => Some(End::Abandoned),
+            Wake::Forced => {
+                // Whatever was asked for before: this is a person's last word.
+                self.pending = None;
+                None
+            }
             Wake::Quit => self.asked_to_end(StopCause::Client),
             Wake::Signal => self.signalled(),
         }
@@ -169,6 +178,13 @@ impl Keeper {
     /// The first signal asks the guest to power down, the second one stops it. A move comes before either: see
     /// [`Keeper::asked_to_end`].
     fn signalled(&mut self) -> Option<End> {
+        if self.shared.state().is_in_doubt() {
+            tracing::warn!(
+                "nobody knows yet who has the machine, and its memory may be here alone: this process stays until that is known, or a \
+                 person decides (`godwit-sender abandon`, `resume --force`)"
+            );
+            return None;
+        }
         if self.shared.is_settled() && !self.asked_to_power_down {
             return self.power_down_or_end();
         }
@@ -231,6 +247,7 @@ impl Keeper {
                 hub.publish("GODWIT_LOST", json!({ "text": text }));
                 hub.publish("SHUTDOWN", shutdown(false, "host-error"));
             }
+            End::Abandoned => hub.publish("SHUTDOWN", shutdown(false, "host-qmp-quit")),
             End::Stopped(StopCause::Client) => hub.publish("SHUTDOWN", shutdown(false, "host-qmp-quit")),
             End::Stopped(StopCause::Signal) => hub.publish("SHUTDOWN", shutdown(false, "host-signal")),
         }
@@ -301,7 +318,7 @@ impl KeeperHandle {
 
     /// A machine begins to come in from `peer`; `hang_up` turns it away.
     pub fn incoming_begins(&self, peer: &str, hang_up: Arc<dyn HangUp>) {
-        self.0.state().incoming = Some(Incoming { peer: peer.to_owned(), phase: None, hang_up });
+        self.0.state().incoming = Some(Incoming { peer: peer.to_owned(), phase: None, hang_up, decision: None });
         self.0.hub.publish("MIGRATION", json!({ "status": "setup" }));
     }
 
@@ -316,6 +333,14 @@ impl KeeperHandle {
         if status != before && status != "completed" {
             self.0.hub.publish("MIGRATION", json!({ "status": status }));
         }
+    }
+
+    /// Something was decided about the machine that comes in, or is waited for.
+    pub fn incoming_decision(&self, text: &str) {
+        if let Some(incoming) = &mut self.0.state().incoming {
+            incoming.decision = Some(text.to_owned());
+        }
+        self.0.hub.publish("GODWIT_DECISION", json!({ "text": text }));
     }
 
     /// Nothing came of the machine that was coming in.
@@ -364,15 +389,18 @@ impl Shared {
         }
     }
 
-    /// No move is running.
+    /// No move is running, and it is known who has the machine.
     fn is_settled(&self) -> bool {
         let state = self.state();
-        state.active_move().is_none() && state.incoming.is_none()
+        state.active_move().is_none() && state.incoming.is_none() && !state.is_in_doubt()
     }
 
-    /// A move is running that cannot be called off any more.
+    /// A move is running that cannot be called off any more, or was and nobody knows how it ended.
     fn is_handing_over(&self) -> bool {
         let state = self.state();
+        if state.is_in_doubt() {
+            return true;
+        }
         let outgoing = state.active_move().and_then(|current| current.engine.progress().phase);
         let incoming = state.incoming.as_ref().and_then(|incoming| incoming.phase);
         outgoing.is_some_and(|phase| !phase.before_commit()) || is_handover(incoming)

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_core::ownership::{Holding, Settlement};
 use godwit_core::progress::{Event, Observer, Progress};
@@ -13,7 +13,7 @@ use godwit_transport::Uri;
 use godwit_vmm::{Machine, MachineStatus};
 use serde_json::{Value, json};
 
-use super::state::{Ownership, Shared, Wake};
+use super::state::{Doubt, Ownership, Shared, Wake};
 use crate::outcome::{Outcome, OutcomeKind};
 use crate::parameters::Settings;
 use crate::qmp::{Hub, QmpError};
@@ -152,7 +152,10 @@ impl Move {
             let mut state = shared.state();
             match outcome.outcome {
                 OutcomeKind::Moved => state.ownership = Ownership::Moved(self.uri.clone()),
-                OutcomeKind::Unknown => state.ownership = Ownership::Undecided(self.uri.clone()),
+                OutcomeKind::Unknown => {
+                    let doubt = Doubt { uri: self.uri.clone(), since: Instant::now(), waiting: None };
+                    state.ownership = Ownership::Undecided(doubt);
+                }
                 _ => {}
             }
             let _ = self.outcome.set(outcome.clone());
@@ -177,11 +180,14 @@ impl Move {
         let settlement = holding.settle(None, |text| {
             tracing::warn!("{text}");
             self.teller.publish("GODWIT_DECISION", json!({ "text": text }));
+            if let Ownership::Undecided(doubt) = &mut shared.state().ownership {
+                doubt.waiting = Some(text.to_owned());
+            }
         });
         let _operation = shared.operation();
         match settlement {
             Settlement::Resumed(epoch) => {
-                tracing::warn!("the destination had not claimed the machine: claimed back, epoch {epoch}; it is here");
+                tracing::warn!("claimed back, epoch {epoch}: the machine is here");
                 shared.state().ownership = Ownership::Here;
                 if self.teller.was_running {
                     match machine.resume() {
@@ -189,6 +195,8 @@ impl Move {
                         Err(error) => tracing::error!("the guest cannot run on: {}", crate::error_chain(&error)),
                     }
                 }
+                // Whoever asked for the end meanwhile is heard now.
+                let _ = shared.wake.send(Wake::MoveEnded);
             }
             Settlement::Moved => {
                 tracing::warn!("the claims show that the guest has run at {}", self.uri);
@@ -201,7 +209,7 @@ impl Move {
                     format!("it was started anew elsewhere, and the copy here is out of date: {}", record.occupant);
                 let _ = shared.wake.send(Wake::Lost(text));
             }
-            // The process is ending.
+            // Abandoned: the process is ending.
             Settlement::Undecided(_) => {}
         }
     }
@@ -211,8 +219,9 @@ impl Move {
 fn undecided(uri: &str, holding: &Holding) -> String {
     format!(
         "the guest is paused here, and {uri} may be running it: this process watches the claims in {dir} and ends by itself once they \
-         show that it has run there, or lets it run here if they give it back. Look at them (`godwit-sender ownership show {dir}`); only if \
-         their owner is dead: `quit` here, then `run --take-ownership`, which boots the machine anew from its disks",
+         show that it has run there, or lets it run here if they give it back. Look at them (`godwit-sender ownership show {dir}`). Only \
+         if their owner is dead: `abandon` here, then `run --take-ownership`, which boots the machine anew from its disks; or, if it \
+         died before it ran the guest, `resume --force`",
         dir = holding.directory().display()
     )
 }

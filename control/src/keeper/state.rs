@@ -2,6 +2,7 @@
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use godwit_core::ownership::Holding;
 use godwit_core::{HangUp, Phase};
@@ -19,6 +20,10 @@ pub(super) enum Wake {
     MoveEnded,
     /// The machine is another's, by its claims; what happened.
     Lost(String),
+    /// A person has said that the copy here is never to run.
+    Abandoned,
+    /// A person has said that the guest is to run on here.
+    Forced,
     /// A client wants the process to end.
     Quit,
     /// SIGTERM or SIGINT.
@@ -59,8 +64,19 @@ pub(super) enum Ownership {
     Here,
     /// It has moved to this URI.
     Moved(String),
-    /// The peer at this URI may have it: *commit* was sent and no answer came.
-    Undecided(String),
+    /// The peer may have it: *commit* was sent and no answer came.
+    Undecided(Doubt),
+}
+
+/// Nobody here knows whether the machine has moved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Doubt {
+    /// Where to.
+    pub(super) uri: String,
+    /// Since when it is known that it is not known.
+    pub(super) since: Instant,
+    /// What the claims said last, if there are any.
+    pub(super) waiting: Option<String>,
 }
 
 /// A machine that is coming in.
@@ -68,6 +84,8 @@ pub(super) struct Incoming {
     pub(super) peer: String,
     pub(super) phase: Option<Phase>,
     pub(super) hang_up: Arc<dyn HangUp>,
+    /// What was last decided about it; in a handover, what it waits for.
+    pub(super) decision: Option<String>,
 }
 
 impl Shared {
@@ -115,17 +133,18 @@ impl Shared {
             }
             Ownership::Here => {}
             Ownership::Moved(uri) => return Err(QmpError::generic(format!("the machine has moved to {uri}"))),
-            Ownership::Undecided(uri) if state.holding.is_some() => {
+            Ownership::Undecided(doubt) => {
+                let more = match &state.holding {
+                    Some(holding) => format!(
+                        "The claims decide, and this process watches them (`godwit-sender ownership show {}`)",
+                        holding.directory().display()
+                    ),
+                    None => "There are no claims that could tell".into(),
+                };
                 return Err(QmpError::generic(format!(
-                    "the guest stays paused: {uri} may be running it. The claims decide, and this process watches them \
-                     (`godwit-sender ownership show`); only if their owner is dead: `quit`, then `run --take-ownership`, which \
-                     boots the machine anew from its disks"
-                )));
-            }
-            Ownership::Undecided(uri) => {
-                return Err(QmpError::generic(format!(
-                    "the guest stays paused: {uri} may be running it. Only if it does not run there and never will: \
-                     `resume --take-ownership` (x-godwit-take-ownership)"
+                    "the guest stays paused: {} may be running it. {more}. What only a person can know: `resume --force` \
+                     (x-godwit-resume-force) or `abandon` (x-godwit-abandon)",
+                    doubt.uri
                 )));
             }
         }
@@ -142,6 +161,11 @@ impl State {
     /// The move that is running.
     pub(super) fn active_move(&self) -> Option<&Arc<Move>> {
         self.last_move.as_ref().filter(|last| last.outcome().is_none())
+    }
+
+    /// The machine has been handed over, and nobody knows yet who has it.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        matches!(self.ownership, Ownership::Undecided(_))
     }
 
     /// QEMU's name for the state of the machine.

@@ -6,6 +6,7 @@
 //! What an error of symlink(2) means: those that a server gives *instead of* creating are [`ClaimAnswer::Failed`], if the
 //! entry is not there afterwards; all others are [`ClaimAnswer::Unknown`].
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
@@ -70,26 +71,36 @@ impl DirectoryStore {
         }
     }
 
+    /// Every claim that can be seen, the newest last.
+    pub fn records(&self) -> io::Result<Vec<Record>> {
+        let records = self.epochs()?.into_iter().map(|epoch| self.record(epoch));
+        records.filter_map(Result::transpose).collect()
+    }
+
     fn newest_record(&self) -> io::Result<Option<Record>> {
-        let mut newest = None;
+        self.epochs()?.last().map_or(Ok(None), |newest| self.record(*newest))
+    }
+
+    fn epochs(&self) -> io::Result<BTreeSet<Epoch>> {
+        let mut epochs = BTreeSet::new();
         for (number, entry) in fs::read_dir(&self.directory)?.enumerate() {
             if number == MAX_ENTRIES {
                 return Err(io::Error::other(format!("more than {MAX_ENTRIES} entries")));
             }
             let name = entry?.file_name();
             if let Some(EntryName::Claim(epoch)) = name.to_str().and_then(EntryName::parse) {
-                newest = newest.max(Some(epoch));
+                epochs.insert(epoch);
             }
         }
         // A listing may be stale where a lookup is not.
         for _ in 0..MAX_UNLISTED {
-            let next = newest.map_or(Some(Epoch::FIRST), Epoch::next);
+            let next = epochs.last().map_or(Some(Epoch::FIRST), |newest| newest.next());
             match next {
-                Some(next) if self.occupant(next)?.is_some() => newest = Some(next),
+                Some(next) if self.occupant(next)?.is_some() => epochs.insert(next),
                 _ => break,
-            }
+            };
         }
-        newest.map_or(Ok(None), |epoch| self.record(epoch))
+        Ok(epochs)
     }
 
     /// The claim's entry is there, it is said: whose is it?

@@ -174,7 +174,9 @@ impl Holding {
     /// The destination is lost after *commit*, or has been for a while: what is to be asked of the store to find out who has the machine, and
     /// what there is to tell a person. Begins with [`Input::Lost`], and goes on with each answer.
     pub fn settling(&self, input: Input) -> (Next, Option<String>) {
-        let mut actions = self.step(input);
+        // A person's word is heard when it is time to ask again.
+        let forced = matches!(input, Input::Retry).then(|| self.now().forced.take()).flatten();
+        let mut actions = self.step(forced.map_or(input, Input::Force));
         if actions.is_empty() {
             // It had no place: the destination has been lost before. Then it is time to ask again.
             actions = self.step(Input::Retry);
@@ -225,7 +227,7 @@ impl Holding {
                 }
                 Next::Wait => {
                     thread::sleep(RETRY_GAP);
-                    self.now().forced.take().map_or(Input::Retry, Input::Force)
+                    Input::Retry
                 }
                 Next::Settled(settlement) => return settlement,
             };

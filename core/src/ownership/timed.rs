@@ -20,6 +20,24 @@ pub struct Timed {
     idle: Arc<Idle>,
 }
 
+/// Does something with storage that may hang: on a thread of its own, and not waited for longer than `limit`. What is done may still
+/// come to its end later.
+///
+/// # Errors
+/// That there was no answer in time, or no thread.
+pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    let (tell, told) = mpsc::sync_channel(1);
+    let work = move || {
+        // Whoever has waited in vain is gone.
+        let _ = tell.send(work());
+    };
+    thread::Builder::new()
+        .name("storage".into())
+        .spawn(work)
+        .map_err(|error| format!("no thread could be started: {error}"))?;
+    told.recv_timeout(limit).map_err(|_| format!("the storage did not answer within {limit:.1?}"))
+}
+
 type Job = Box<dyn FnOnce(&dyn ClaimStore) + Send>;
 
 impl Timed {
@@ -152,6 +170,14 @@ mod tests {
         assert!(began.elapsed() < LONG / 2);
         release.send(()).unwrap();
         assert_eq!(store.newest(LONG), Reading::Newest(None));
+    }
+
+    #[test]
+    fn storage_that_hangs_is_not_waited_for() {
+        let (release, hold) = mpsc::channel::<()>();
+        assert_eq!(within(LONG, || 7), Ok(7));
+        assert!(within(SHORT, move || hold.recv()).unwrap_err().contains("did not answer"));
+        drop(release);
     }
 
     #[test]

@@ -265,3 +265,18 @@ fn assert_closed(store: &DirectoryStore) {
     assert!(matches!(store.newest(), Reading::Unknown(_)));
     assert!(matches!(store.claim(&claimant("a").claim(epoch(1), Nonce(1))), ClaimAnswer::Failed(_)));
 }
+
+#[test]
+fn every_claim_is_listed_whatever_else_lies_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = DirectoryStore::new(directory.path());
+    assert_eq!(store.records().unwrap(), []);
+    for garbage in ["README", "1.old", "-3", "007"] {
+        std::fs::write(directory.path().join(garbage), "").unwrap();
+    }
+    let last = u64::MAX.to_string();
+    symlink("garbage", directory.path().join(&last)).unwrap();
+    symlink("garbage", directory.path().join("1")).unwrap();
+    let epochs: Vec<u64> = store.records().unwrap().iter().map(|record| record.epoch.get()).collect();
+    assert_eq!(epochs, [1, u64::MAX]);
+}
