@@ -165,7 +165,7 @@ fn receiver_killed_after_commit(scene: &Scene) -> Result<()> {
     let refused = set.source.command(&["resume"], &[], LIMIT)?;
     ensure!(refused.code != 0, "a plain resume of a guest that may run elsewhere must be refused: {refused}");
     set.source.ensure_guest_stands(WORKLOAD.vcpus)?;
-    set.source.command(&["resume"], &["--take-ownership"], LIMIT)?.ensure_code(0)?;
+    set.source.command(&["resume"], &["--force", "--yes"], LIMIT)?.ensure_code(0)?;
     set.ensure_second_try_succeeds()
 }
 
