@@ -258,11 +258,17 @@ impl Ended {
         Ok(outcome)
     }
 
-    /// Fails unless this was a move, with `--audit`, after which the guest is whole at `destination` and works there.
-    pub fn ensure_moved(self, destination: &Node, workload: &Workload) -> Result<Value> {
+    /// Fails unless this was a move whose audit found nothing.
+    pub fn ensure_audited(self) -> Result<Value> {
         let outcome = self.ensure_code(0)?.outcome()?;
         ensure!(outcome["outcome"] == "moved", "{outcome}");
         ensure!(outcome["audit"].as_str().is_some_and(|audit| audit.starts_with("ok")), "audit: {}", outcome["audit"]);
+        Ok(outcome)
+    }
+
+    /// Fails unless this was a move, with `--audit`, after which the guest is whole at `destination` and works there.
+    pub fn ensure_moved(self, destination: &Node, workload: &Workload) -> Result<Value> {
+        let outcome = self.ensure_audited()?;
         destination.ensure_guest_runs(workload.vcpus)?;
         destination.ensure_guest_whole(workload)?;
         Ok(outcome)

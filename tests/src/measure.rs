@@ -78,7 +78,8 @@ pub fn measure(
     let link = link.map(LinkWatch::start).transpose()?;
 
     let start_ns = monotonic_ns();
-    let mut command = source.start_command(&["migrate"], &[&["--to", &uri, "--insecure", "--json"], more].concat())?;
+    // The audit comes after the handover: it is in none of the figures.
+    let mut command = source.start_move(&uri, more)?;
     let total_ns = watch.until_completed(start_ns, limit, || {
         let answer = match poller.execute("x-godwit-query-migrate", json!({})) {
             Ok(answer) => answer,
@@ -91,8 +92,7 @@ pub fn measure(
         Ok(if answer["active"] == true || status == "completed" { status } else { failure(&answer) })
     });
     let total_ns = total_ns.map_err(|error| anyhow!("{error:#}\n{}", command.describe()))?;
-    let ended = Ended::wait(&mut command, SETTLE_LIMIT)?.ensure_code(0)?;
-    let outcome = ended.outcome()?;
+    let outcome = Ended::wait(&mut command, SETTLE_LIMIT)?.ensure_audited()?;
     let gap = watch.gap()?;
     let link = link.map(|link| link.finish(&watch.sampler)).transpose()?;
     let downtime_ms = outcome["downtime_ms"].as_f64().context("the outcome has no downtime_ms")?;

@@ -124,7 +124,7 @@ fn the_gap_is_short(scene: &Scene) -> Result<()> {
     let source = Node::sender(scene, "source", None, &workload, &[])?;
     let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
     let target = source.heartbeats(workload.vcpus)?;
-    let options = ["--downtime-limit", "20ms", "--audit"];
+    let options = ["--downtime-limit", "20ms"];
     let measured = measure::measure(&source, &destination, target, None, &options, LIMIT, |_| ())?;
     let gap = measured.gap;
     println!("gap {gap:?}, own downtime {} ms", measured.downtime_ms);
@@ -139,7 +139,7 @@ fn a_paused_guest_arrives_paused(scene: &Scene) -> Result<()> {
     let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
     source.command(&["pause"], &[], LIMIT)?.ensure_code(0)?;
     source.ensure_guest_stands(workload.vcpus)?;
-    source.move_to(&destination.uri()?, &[], LIMIT)?.ensure_code(0)?;
+    source.move_to(&destination.uri()?, &[], LIMIT)?.ensure_audited()?;
     destination.ensure_guest_stands(workload.vcpus)?;
     destination.ensure_guest_whole(&workload)?;
     destination.command(&["resume"], &[], LIMIT)?.ensure_code(0)?;
@@ -150,7 +150,7 @@ fn held_until_resume(scene: &Scene) -> Result<()> {
     let workload = Workload::default();
     let source = Node::sender(scene, "source", None, &workload, &[])?;
     let destination = Node::receiver(scene, "destination", None, TCP, &["--hold"])?;
-    source.move_to(&destination.uri()?, &[], LIMIT)?.ensure_code(0)?;
+    source.move_to(&destination.uri()?, &[], LIMIT)?.ensure_audited()?;
     destination.ensure_guest_stands(workload.vcpus)?;
     destination.ensure_guest_whole(&workload)?;
     destination.command(&["resume"], &[], LIMIT)?.ensure_code(0)?;
