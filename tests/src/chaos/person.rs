@@ -17,9 +17,9 @@ pub fn succeed(world: &mut World<'_>, plan: &Plan) -> Result<()> {
     let source_waits = world.owner.node.process.is_running()?;
     let leave_it = source_waits && plan.second_start;
     if source_waits && !leave_it {
-        let quit = world.owner.node.command(&["quit"], &[], END_LIMIT)?;
-        ensure!(quit.code == 0, "a source that waits for its claims does not quit: {quit}");
-        world.owner.node.process.wait(END_LIMIT).context("a source that was told to quit stays")?;
+        let abandoned = world.owner.node.command(&["abandon"], &["--yes"], END_LIMIT)?;
+        ensure!(abandoned.code == 0, "a source that waits for its claims is not abandoned: {abandoned}");
+        world.owner.node.process.wait(END_LIMIT).context("a source that was abandoned stays")?;
     }
     // What is left on the other host is a receiver, or a source whose machine is out of date.
     let mut former = if plan.restart_elsewhere && !leave_it {
