@@ -4,6 +4,8 @@
 //! are slow, hang, are refused, or take effect without the caller hearing of it. Several mounts of one folder stand for the hosts
 //! that share it; nothing is cached, so that each sees at once what the others do.
 //!
+//! Locks on files are each mount's own: one host does not see another's.
+//!
 //! The server of a mount is a process of its own (`fuse-store`). It unmounts and ends when its owner is dropped or dies.
 //!
 //! | module | what |
