@@ -11,7 +11,7 @@ use godwit_control::parameters::Settings;
 use godwit_control::qmp::Hub;
 use godwit_control::qmp::socket::ControlSocket;
 use godwit_vmm::config::{GuestKind, SerialTarget};
-use godwit_vmm::{BootOptions, Machine, MachineConfig, workload};
+use godwit_vmm::{BootOptions, Machine, MachineConfig, VmmError, workload};
 use serde_json::json;
 
 use crate::cli::RunArgs;
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode,
         // Nothing has run: whoever can boot it may.
         ownership::free(holding);
     }
-    let machine = machine.with_context(|| format!("cannot boot the machine `{}`", config.name))?;
+    let machine = machine.map_err(|error| cannot_boot(&config.name, error))?;
     let mut settings = Settings { insecure: args.insecure, ..Settings::default() };
     if let Some(name) = &args.claims.host_id {
         settings.options.host_name = name.to_string();
@@ -64,6 +64,13 @@ pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode,
         out(line)
     }
     Ok(tell(&keeper.run()))
+}
+
+fn cannot_boot(name: &str, error: VmmError) -> Failure {
+    match error {
+        VmmError::ImageInUse { .. } => Failure::Refused(format!("the machine `{name}` is not booted: {error}")),
+        error => Failure::Internal(anyhow::Error::new(error).context(format!("cannot boot the machine `{name}`"))),
+    }
 }
 
 /// The file with the options laid over it.

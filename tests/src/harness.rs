@@ -24,6 +24,8 @@ pub enum Need {
     Fuse,
     /// QEMU.
     Qemu,
+    /// QEMU's program for disk images.
+    QemuImg,
     /// GNU as and ld.
     Assembler,
 }
@@ -36,6 +38,7 @@ impl Need {
             Need::Root => nix::unistd::geteuid().is_root(),
             Need::Fuse => nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists(),
             Need::Qemu => Command::new("qemu-system-x86_64").arg("--version").output().is_ok(),
+            Need::QemuImg => Command::new("qemu-img").arg("--version").output().is_ok(),
             Need::Assembler => ["as", "ld"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok()),
         };
         let name = match self {
@@ -43,6 +46,7 @@ impl Need {
             Need::Root => "root",
             Need::Fuse => "/dev/fuse and root",
             Need::Qemu => "qemu-system-x86_64",
+            Need::QemuImg => "qemu-img",
             Need::Assembler => "binutils",
         };
         (!there).then_some(name)

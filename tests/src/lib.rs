@@ -14,6 +14,7 @@
 //! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
 //! | [`measure`] | a whole move measured |
 //! | [`guest_memory`] | guest memory read and altered from outside |
+//! | [`image_locks`] | the locks on a disk image, as another program sees them |
 //! | [`lab`] | hosts with stock kernels, in virtual machines |
 //! | [`harness`] | tests that say at run time why they cannot run here |
 //! | [`scenario`] | what the lab shows of a machine that moves: its clients, and how they are judged |
@@ -29,6 +30,7 @@ pub mod godwit;
 pub mod guest_memory;
 pub mod harness;
 pub mod heartbeat;
+pub mod image_locks;
 pub mod lab;
 pub mod measure;
 pub mod netns;
