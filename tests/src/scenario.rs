@@ -9,7 +9,7 @@
 //! | [`ping`], [`gap`] | echo requests, and the longest interval between replies |
 //! | [`counting`] | a TCP connection that counts in both directions |
 //! | [`guest`], [`record`], [`records`] | what the program in `fw1` answers; the records that it writes |
-//! | [`announce`] | what announces `fw1` on the public network |
+//! | [`capture`], [`announce`] | frames captured; what announces `fw1` on the public network |
 //! | [`offset`] | clocks compared over the network |
 //! | [`klog`] | warnings in a kernel log, compared with a control's |
 //! | [`image`] | a disk image checked after power-off |
@@ -18,6 +18,7 @@
 //! | [`run`], [`cases`] | the scenario, and what must not happen |
 
 pub mod announce;
+pub mod capture;
 pub mod cases;
 pub mod counting;
 pub mod gap;

@@ -1,22 +1,15 @@
 //! What announces a machine on a network: frames that teach switches and neighbours where it is now.
 
 use std::fmt;
-use std::io::{ErrorKind, Read};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use etherparse::{
     ArpOperation, ArpPacketSlice, EtherType, Ethernet2HeaderSlice, Icmpv6Type, NetSlice, SlicedPacket, TransportSlice,
 };
-use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::clock::monotonic_ns;
 use crate::netns::Namespace;
+use crate::scenario::capture::{Capture, Seen};
 use crate::scenario::gap::Window;
-use crate::scenario::place;
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -33,12 +26,6 @@ const RARP: EtherType = EtherType(0x8035);
 const RARP_REQUEST: ArpOperation = ArpOperation(3);
 /// In the protocol type of an ARP packet.
 const IPV4: EtherType = EtherType(0x0800);
-
-/// ETH_P_ALL, in network byte order as the kernel wants it: frames of every protocol.
-const ALL_PROTOCOLS: i32 = (libc::ETH_P_ALL as u16).to_be() as i32;
-
-/// How often the capturing thread looks whether it is to end.
-const LOOK_PERIOD: Duration = Duration::from_millis(100);
 
 /// Ways to announce a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,68 +109,18 @@ fn neighbour_kind(frame: &[u8]) -> Option<Kind> {
 }
 
 /// Captures what announces one address in a namespace, until it is dropped.
-pub struct AnnounceCounter {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-struct Shared {
-    socket: Socket,
-    mac: Mac,
-    frames: Mutex<Vec<Frame>>,
-    stop: AtomicBool,
-}
+pub struct AnnounceCounter(Capture<Kind>);
 
 impl AnnounceCounter {
     /// Begins to capture on every interface of `namespace`.
     pub fn start(namespace: &Namespace, mac: Mac) -> Result<Self> {
-        let open = || {
-            Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(ALL_PROTOCOLS)))
-                .context("cannot open a packet socket")
-        };
-        let socket = place::inside(namespace, open)?;
-        socket.set_read_timeout(Some(LOOK_PERIOD))?;
-        let shared = Arc::new(Shared { socket, mac, frames: Mutex::default(), stop: AtomicBool::new(false) });
-        let capturing = shared.clone();
-        Ok(Self { shared, thread: Some(thread::spawn(move || capturing.capture())) })
+        Ok(Self(Capture::start(namespace, move |frame| kind(frame, mac))?))
     }
 
     /// What was captured in `window`.
     pub fn frames(&self, window: Window) -> Vec<Frame> {
-        let mut frames = self.shared.frames().clone();
-        frames.retain(|frame| window.holds(frame.at_ns));
-        frames
-    }
-}
-
-impl Drop for AnnounceCounter {
-    fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Shared {
-    fn frames(&self) -> MutexGuard<'_, Vec<Frame>> {
-        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn capture(&self) {
-        let mut buffer = [0; 2048];
-        while !self.stop.load(Ordering::Relaxed) {
-            match (&self.socket).read(&mut buffer) {
-                Ok(length) => {
-                    if let Some(kind) = kind(&buffer[..length], self.mac) {
-                        self.frames().push(Frame { at_ns: monotonic_ns(), kind });
-                    }
-                }
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-                // An interface that goes down is reported once.
-                Err(_) => thread::sleep(Duration::from_millis(1)),
-            }
-        }
+        let frames = self.0.seen().into_iter().map(|Seen { at_ns, what }| Frame { at_ns, kind: what });
+        frames.filter(|frame| window.holds(frame.at_ns)).collect()
     }
 }
 
