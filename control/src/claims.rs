@@ -36,6 +36,10 @@ pub fn refusal(why: &Refused, directory: &Path) -> String {
             "{dir} has no claims: is the share mounted? If it is, and the machine has never been started, remove the directory: it is \
              made with the first claim"
         ),
+        Refused::Others(record) if matches!(record.occupant, Occupant::Foreign(_)) => format!(
+            "{}. Somebody has put it there by hand: find out who, and whether the machine runs anywhere, before anything in {dir} is touched",
+            whose(record)
+        ),
         Refused::Others(record) => format!(
             "the machine is not this host's to start: {}. It is free once it is powered off or stopped there. Only if its \
              owner is dead and stays dead: `run --take-ownership={}` (if it is not, two guests write to one disk)",
@@ -136,5 +140,9 @@ mod tests {
         for part in ["kvm1", "fw1", "epoch 7", "3 h ago", "--take-ownership=7"] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        let occupant = Occupant::Foreign("/srv/fw1.godwit/7 is no claim: not text".into());
+        let foreign = Record { epoch, occupant, since: None, running: false, free: false };
+        let text = refusal(&Refused::Others(Box::new(foreign)), Path::new("/srv/fw1.godwit"));
+        assert!(text.contains("no claim") && !text.contains("--take-ownership"), "{text}");
     }
 }

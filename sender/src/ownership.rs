@@ -6,7 +6,7 @@ use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use godwit_control::claims::{as_json, default_directory, refusal, whose};
@@ -30,6 +30,9 @@ const FREE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the storage may take to show what claims there are, and to make the directory for the first.
 const LOOK_LIMIT: Duration = Duration::from_secs(10);
 
+/// How often whoever waits for the store is told the same again.
+const TELL_GAP: Duration = Duration::from_secs(5);
+
 /// Claims the machine, if it has claims. Blocks as long as the store does not answer, saying so.
 pub(crate) fn claim(args: &ClaimArgs, config: &MachineConfig) -> Result<Option<Arc<Holding>>, Failure> {
     let Some(directory) = directory(args, config)? else {
@@ -47,7 +50,13 @@ pub(crate) fn claim(args: &ClaimArgs, config: &MachineConfig) -> Result<Option<A
     let mode = mode(args, config, &directory, &store)?;
     let name = config.name.parse().map_err(|error| Failure::Usage(format!("--name: {error}")))?;
     let (me, nonce) = (host.claimant(name), Nonce::random());
-    let tell = |why: &str| say(format_args!("the machine cannot start yet: {why}"));
+    let mut told: Option<(Instant, String)> = None;
+    let tell = |why: &str| {
+        if told.as_ref().is_none_or(|(when, last)| last != why || when.elapsed() >= TELL_GAP) {
+            say(format_args!("the machine cannot start yet, it is tried again: {why}"));
+            told = Some((Instant::now(), why.to_owned()));
+        }
+    };
     let right = begin(me.clone(), nonce, mode, &store, Path::new(INSTANCES), tell)
         .map_err(|why| Failure::Refused(refusal(&why, &directory)))?;
     let claim = me.claim(right.epoch(), nonce);
@@ -82,9 +91,13 @@ fn mode(args: &ClaimArgs, config: &MachineConfig, directory: &Path, store: &Time
         return take_over(args, shown, config, directory, store).map(Mode::TakeOver);
     }
     let path = directory.to_owned();
-    let why = match within(LOOK_LIMIT, move || fs::create_dir(path)) {
-        Ok(Ok(())) => return Ok(Mode::New),
-        Ok(Err(error)) if error.kind() == ErrorKind::AlreadyExists => return Ok(Mode::Existing),
+    let made = within(LOOK_LIMIT, move || match fs::create_dir(&path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(Mode::Existing),
+        made => made.map(|()| Mode::New),
+    });
+    let why = match made {
+        Ok(Ok(mode)) => return Ok(mode),
+        Ok(Err(error)) if error.kind() == ErrorKind::AlreadyExists => "there is something else of that name".into(),
         Ok(Err(error)) => error.to_string(),
         Err(why) => why,
     };
