@@ -102,6 +102,11 @@ fn progress_parts(progress: &Progress) -> [String; 2] {
         Some(phase) => return alone(phase.into()),
         None => return alone("starting"),
     };
+    if let Some(reconnecting) = &progress.reconnecting {
+        let left = approximate_ms(reconnecting.time_left_ms);
+        let tried = format!("{phase}, reconnecting: attempt {}, {left} left", reconnecting.attempts);
+        return [tried, reconnecting.why.clone()];
+    }
     let mut sending = format!(
         "{phase}, round {}: {} left, {}",
         progress.round,

@@ -70,6 +70,9 @@ impl Settings {
         if let Some(ms) = parameters.handover_timeout {
             options.handover_timeout = time("x-godwit-handover-timeout", ms)?;
         }
+        if let Some(ms) = parameters.reconnect_timeout {
+            options.reconnect_timeout = time("x-godwit-reconnect-timeout", ms)?;
+        }
         if let Some(ms) = parameters.timeout {
             options.timeout = none_if_zero(ms).map(|ms| time("x-godwit-timeout", ms)).transpose()?;
         }
@@ -102,6 +105,7 @@ impl Settings {
             compress: Some(compression_name(options.compression)),
             pause_timeout: Some(whole_ms(options.pause_timeout)),
             handover_timeout: Some(whole_ms(options.handover_timeout)),
+            reconnect_timeout: Some(whole_ms(options.reconnect_timeout)),
             timeout: Some(options.timeout.map_or(0, whole_ms)),
             max_rounds: Some(options.max_rounds),
             on_stall: Some(on_stall_name(options.on_stall).into()),
@@ -143,6 +147,9 @@ pub struct Parameters {
     /// How long to wait for *running* after *commit*, milliseconds.
     #[serde(rename = "x-godwit-handover-timeout", skip_serializing_if = "Option::is_none")]
     pub handover_timeout: Option<u64>,
+    /// How long a connection that breaks is made anew for, milliseconds; 0: a break ends the move.
+    #[serde(rename = "x-godwit-reconnect-timeout", skip_serializing_if = "Option::is_none")]
+    pub reconnect_timeout: Option<u64>,
     /// Time budget before the pause, milliseconds; 0: none.
     #[serde(rename = "x-godwit-timeout", skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,

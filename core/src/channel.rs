@@ -49,8 +49,7 @@ pub struct Channel {
     pub peer: String,
 }
 
-/// What ties data channels to a control channel: chosen at random by the destination for each move and told to
-/// the source over the control channel.
+/// What ties channels to a session: chosen at random by the destination and told to the source over the control channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SessionToken(pub [u8; 16]);
 
@@ -58,6 +57,10 @@ pub struct SessionToken(pub [u8; 16]);
 pub trait Dial: Send + Sync {
     /// Opens the control channel within `limit`.
     fn control(&self, limit: Duration) -> io::Result<Channel>;
+
+    /// Opens a control channel again, within `limit`, for the session that `token` names, whose links have broken. An error of
+    /// kind `ConnectionRefused`, `NotFound` or `PermissionDenied` says that whoever held the session is there no more.
+    fn control_again(&self, token: SessionToken, limit: Duration) -> io::Result<Channel>;
 
     /// Opens data channel `index` (from 0) of the session that `token` names, within `limit`.
     fn data(&self, token: SessionToken, index: u16, limit: Duration) -> io::Result<Channel>;
@@ -68,9 +71,15 @@ pub trait Dial: Send + Sync {
 
 /// Data channels that arrive for one control channel. Implemented by a transport for the destination.
 pub trait IncomingData: Send {
-    /// From here on, data channels that show `token` belong to this session; all others are turned away.
+    /// From here on, data channels that show `token`, and no others, belong to this session.
     fn expect(&mut self, token: SessionToken);
 
     /// The next data channel and its index, or an error of kind `TimedOut` after `limit`.
     fn accept(&mut self, limit: Duration) -> io::Result<(u16, Channel)>;
+
+    /// From here on, a control channel that shows `token` is this session's own, back after its links have broken.
+    fn expect_return(&mut self, token: SessionToken);
+
+    /// The next control channel of this session that is back, or an error of kind `TimedOut` after `limit`.
+    fn accept_return(&mut self, limit: Duration) -> io::Result<Channel>;
 }

@@ -46,6 +46,7 @@ pub mod view;
 
 mod link;
 mod random;
+mod sync;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
 pub use machine::{

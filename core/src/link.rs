@@ -8,10 +8,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Channel, ChannelReader, ChannelWriter, HangUp};
-use crate::message::Message;
+use crate::message::{Message, MessageError};
 
 /// How often an end says that it is still here.
 pub const PING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why a link has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkEnd {
+    /// It broke, or the peer closed it.
+    Broken(String),
+    /// What the peer sent is no message.
+    Nonsense(String),
+}
 
 /// The writing side of a control link; cheap to clone. The threads end when the last clone is gone or it is hung up.
 #[derive(Clone)]
@@ -32,7 +41,10 @@ struct Shared {
 impl ControlLink {
     /// Starts the threads. `hear` is called by the reading thread with every message but pings and, once, with why
     /// the link ended.
-    pub fn start(channel: Channel, mut hear: impl FnMut(Result<Message, String>) + Send + 'static) -> io::Result<Self> {
+    pub fn start(
+        channel: Channel,
+        mut hear: impl FnMut(Result<Message, LinkEnd>) + Send + 'static,
+    ) -> io::Result<Self> {
         let Channel { reader, writer, hang_up, .. } = channel;
         let shared = Arc::new(Shared {
             writer: Mutex::new(writer),
@@ -49,7 +61,8 @@ impl ControlLink {
                 match Message::read(&mut reader) {
                     Ok(Message::Ping(())) => {}
                     Ok(message) => hear(Ok(message)),
-                    Err(error) => return hear(Err(error.to_string())),
+                    Err(MessageError::Io(error)) => return hear(Err(LinkEnd::Broken(error.to_string()))),
+                    Err(error) => return hear(Err(LinkEnd::Nonsense(error.to_string()))),
                 }
             }
         })?;

@@ -22,7 +22,9 @@ use crate::codec::{self, CodecError};
 use crate::machine::{MachineDescription, Section, Verdict};
 
 /// The protocol's version: another major number cannot be talked to, a smaller minor one sets what is used.
-pub const VERSION: Version = Version { major: 1, minor: 0 };
+pub const VERSION: Version = Version { major: 1, minor: 1 };
+/// Feature bit: what a broken link leaves is kept for a while, and the session can come back ([`Message::Keep`]).
+pub const FEATURE_RETURN: u64 = 1;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"GWCT";
@@ -43,7 +45,7 @@ pub struct Version {
 pub struct Hello {
     /// The protocol spoken.
     pub version: Version,
-    /// Feature bits; what both ends have set is used. None are defined in version 1.0.
+    /// Feature bits; what both ends have set is used.
     pub features: u64,
     /// Name and version of the program, for messages.
     pub program: String,
@@ -203,6 +205,8 @@ messages! {
     21 Table(TableSum) max 64;
     /// Source: the machine is yours.
     22 Commit(Commit) max 64;
+    /// Source: if the links break while memory is being sent, keep what has arrived for so long.
+    23 Keep(Duration) max 64;
     /// Destination: the number and CLOCK_REALTIME in nanoseconds.
     32 ClockReply((u32, i64)) max 64;
     /// Destination: every reason against it, and the answer to the question; no reason: go on.
@@ -215,6 +219,8 @@ messages! {
     36 Ready(Vec<TimedStep>) max 64 * KIB;
     /// Destination: *running* (or, for a machine that was paused or is held, owned).
     37 Running(Vec<TimedStep>) max 64 * KIB;
+    /// Destination: the session is back; its data channels are to show this.
+    38 Attached(SessionToken) max 64;
 }
 
 /// Why bytes are no message.

@@ -52,6 +52,12 @@ impl Pending {
         })
     }
 
+    /// A stripe's bits, which stay.
+    pub fn get(&self, stripe: usize) -> StripeBits {
+        let words = &self.words[stripe * STRIPE_WORDS..][..STRIPE_WORDS];
+        std::array::from_fn(|index| words[index].load(Ordering::Relaxed))
+    }
+
     /// Pages pending.
     pub fn count(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()

@@ -63,12 +63,25 @@ pub struct Progress {
     pub downtime_ms: Option<f64>,
     /// Until the move has ended, if it can be told.
     pub time_left_ms: Option<f64>,
+    /// While the connection is broken and being made anew.
+    pub reconnecting: Option<Reconnecting>,
     /// The cap now in force, bytes per second.
     pub max_bandwidth_bytes_per_s: Option<u64>,
     /// The downtime limit now in force.
     pub downtime_limit_ms: f64,
     /// Pages sent, by encoding.
     pub pages: PageCounts,
+}
+
+/// A connection that is being made anew.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Reconnecting {
+    /// How often it has been tried.
+    pub attempts: u32,
+    /// Until the move is given up.
+    pub time_left_ms: f64,
+    /// Why it is not connected yet.
+    pub why: String,
 }
 
 /// Pages by the way they were sent.
@@ -112,6 +125,29 @@ pub struct Step {
     pub duration_ms: f64,
 }
 
+/// A connection that broke and was made anew, or not. Bytes are those of guest pages.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Reconnection {
+    /// Where the move stood.
+    pub phase: Option<Phase>,
+    /// What was noticed last.
+    pub why: String,
+    /// When the break was noticed, since the request.
+    pub at_ms: f64,
+    /// From then until pages could be sent again. Absent if that was never so.
+    pub outage_ms: Option<f64>,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// How long the guest had been paused, if it was.
+    pub paused_ms: Option<f64>,
+    /// Sent, and not acknowledged when the connection broke.
+    pub unacknowledged_bytes: u64,
+    /// Of the rest, written by the guest since it had been sent.
+    pub dirtied_bytes: u64,
+    /// Sent again because of the break.
+    pub resent_bytes: u64,
+}
+
 /// A move that has ended, looked back upon.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Report {
@@ -125,6 +161,10 @@ pub struct Report {
     pub rounds: Vec<RoundReport>,
     /// The pause, step by step.
     pub steps: Vec<Step>,
+    /// Every break of the connection.
+    pub reconnections: Vec<Reconnection>,
+    /// Sent again because of them, in bytes of guest pages.
+    pub resent_bytes: u64,
     /// Pages sent, by encoding.
     pub pages: PageCounts,
     /// With `--audit`: what the stopped source's memory said against the table.

@@ -1,14 +1,15 @@
 //! Takes one machine in, and turns every further peer away by name.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use godwit_control::console::{out, say};
 use godwit_control::keeper::KeeperHandle;
-use godwit_core::Channel;
 use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive, refuse};
 use godwit_core::progress::{Event, Observer};
+use godwit_core::{Channel, HangUp};
 use godwit_transport::{DataChannels, Listener, TransportError};
 use godwit_vmm::{HostOptions, KvmHost};
 use serde_json::json;
@@ -56,10 +57,12 @@ impl Reception {
                 continue;
             }
             // From here on the keeper is busy, so the next peer is turned away.
-            self.keeper.incoming_begins(&control.peer, Arc::clone(&control.hang_up));
+            let options = DestinationOptions { stop: Arc::default(), ..self.options.clone() };
+            self.keeper.incoming_begins(&control.peer, Arc::new(CallOff(Arc::clone(&options.stop))));
             let data = self.listener.incoming_data();
             let reception = Arc::clone(&self);
-            let spawned = thread::Builder::new().name("receive".into()).spawn(move || reception.take_in(control, data));
+            let spawned =
+                thread::Builder::new().name("receive".into()).spawn(move || reception.take_in(control, data, &options));
             if let Err(error) = spawned {
                 self.keeper.incoming_failed(&format!("no thread could be started: {error}"));
             }
@@ -81,12 +84,12 @@ impl Reception {
         refuse(control, &reason);
     }
 
-    fn take_in(&self, control: Channel, mut data: DataChannels) {
+    fn take_in(&self, control: Channel, mut data: DataChannels, options: &DestinationOptions) {
         let peer = control.peer.clone();
         say(format_args!("{peer} connects"));
         let mut host = KvmHost::new(self.host.clone());
         let observer = Arc::new(IncomingObserver(self.keeper.clone()));
-        match receive(control, &mut data, &mut host, &self.options, observer) {
+        match receive(control, &mut data, &mut host, options, observer) {
             DestinationOutcome::Owned { machine, running, holding, report } => {
                 let machine = machine.into_machine();
                 let name = machine.config().name.clone();
@@ -107,6 +110,15 @@ impl Reception {
                 self.say_listening();
             }
         }
+    }
+}
+
+/// Ends a move that comes in, whatever its links are at the moment.
+struct CallOff(Arc<AtomicBool>);
+
+impl HangUp for CallOff {
+    fn hang_up(&self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

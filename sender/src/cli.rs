@@ -170,6 +170,9 @@ pub(crate) struct MigrateArgs {
     /// How long to wait for the destination after the handover [default: 30s]
     #[arg(long, value_name = "TIME")]
     pub(crate) handover_timeout: Option<Span>,
+    /// How long a connection that breaks while memory is being sent is made anew for; 0s: a break ends the move [default: 60s]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) reconnect_timeout: Option<Span>,
     /// Time budget until the pause [default: none]
     #[arg(long, value_name = "TIME")]
     pub(crate) timeout: Option<OrNone<Span>>,

@@ -87,6 +87,7 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         compress: args.compress.clone(),
         pause_timeout: args.pause_timeout.map(whole_ms),
         handover_timeout: args.handover_timeout.map(whole_ms),
+        reconnect_timeout: args.reconnect_timeout.map(whole_ms),
         timeout: args.timeout.map(|timeout| timeout.0.map_or(0, whole_ms)),
         max_rounds: args.max_rounds,
         on_stall: on_stall.map(str::to_owned),

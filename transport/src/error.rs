@@ -148,6 +148,7 @@ impl From<DialError> for io::Error {
             DialError::Handshake { .. } => io::ErrorKind::ConnectionAborted,
             DialError::WrongFingerprint { .. } => io::ErrorKind::PermissionDenied,
             DialError::NotGodwit { .. } => io::ErrorKind::InvalidData,
+            DialError::Refused { reason: Refusal::Busy, .. } => io::ErrorKind::ResourceBusy,
             DialError::Refused { .. } => io::ErrorKind::ConnectionRefused,
         };
         io::Error::new(kind, error)

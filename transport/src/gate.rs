@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use godwit_core::{Channel, SessionToken};
+use godwit_core::Channel;
 
 use crate::limits::CONTROLS_WAITING;
 use crate::preamble::{MAJOR, MINOR, Preamble, PreambleError, Refusal};
@@ -22,6 +22,7 @@ pub(crate) struct Gate {
 /// Where an accepted connection belongs.
 pub(crate) enum Place {
     Control,
+    ControlAgain { session: Arc<Session> },
     Data { session: Arc<Session>, index: u16 },
 }
 
@@ -43,8 +44,15 @@ impl Gate {
         match *preamble {
             Preamble::Control if self.controls.is_full() => Err(Refusal::Busy),
             Preamble::Control => Ok(Place::Control),
+            Preamble::ControlAgain { token } => {
+                let session = self.session(|session| session.expects_return(token)).ok_or(Refusal::UnknownSession)?;
+                if session.controls.is_full() {
+                    return Err(Refusal::Busy);
+                }
+                Ok(Place::ControlAgain { session })
+            }
             Preamble::Data { token, index } => {
-                let session = self.session(token).ok_or(Refusal::UnknownSession)?;
+                let session = self.session(|session| session.expects(token)).ok_or(Refusal::UnknownSession)?;
                 if session.channels.is_full() {
                     return Err(Refusal::Busy);
                 }
@@ -57,6 +65,7 @@ impl Gate {
     pub(crate) fn deliver(&self, place: Place, channel: Channel) {
         let left_over = match place {
             Place::Control => self.controls.push(channel).err(),
+            Place::ControlAgain { session } => session.controls.push(channel).err(),
             Place::Data { session, index } => session.channels.push((index, channel)).err().map(|(_, channel)| channel),
         };
         if let Some(channel) = left_over {
@@ -82,9 +91,9 @@ impl Gate {
         sessions.push(Arc::downgrade(session));
     }
 
-    fn session(&self, token: SessionToken) -> Option<Arc<Session>> {
+    fn session(&self, wanted: impl Fn(&Session) -> bool) -> Option<Arc<Session>> {
         let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.iter().filter_map(Weak::upgrade).find(|session| session.expects(token))
+        sessions.iter().filter_map(Weak::upgrade).find(|session| wanted(session))
     }
 
     pub(crate) fn close(&self) {

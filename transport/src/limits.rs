@@ -16,6 +16,9 @@ pub const CONTROLS_WAITING: usize = 16;
 /// Data channels of one session that may wait for [`accept`](godwit_core::IncomingData::accept).
 pub const DATA_WAITING: usize = 256;
 
+/// Control channels that may wait, of one session that is back after its links have broken.
+pub const RETURNS_WAITING: usize = 4;
+
 /// How long resolving a host name may take.
 pub const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
 

@@ -8,9 +8,9 @@
 //! | 0 | magic, [`MAGIC`] | | 0 | magic, [`MAGIC`] |
 //! | 8 | major version, u16 | | 8 | the listener's major version, u16 |
 //! | 10 | minor version, u16 | | 10 | the listener's minor version, u16 |
-//! | 12 | role, u16: 1 control, 2 data | | 12 | status, u16: 0 accepted, else a [`Refusal`] |
-//! | 14 | index of the data channel, u16; 0 for control | | 14 | zero, u16 |
-//! | 16 | session token, 16 bytes; zeros for control | | | |
+//! | 12 | role, u16: 1 control, 2 data, 3 control again | | 12 | status, u16: 0 accepted, else a [`Refusal`] |
+//! | 14 | index of the data channel, u16; else 0 | | 14 | zero, u16 |
+//! | 16 | session token, 16 bytes; zeros for a new control channel | | | |
 //!
 //! These versions are those of the preamble; what follows it is versioned by the engine.
 
@@ -24,7 +24,7 @@ pub const MAGIC: [u8; 8] = *b"\x89GODWIT\n";
 pub const MAJOR: u16 = 1;
 
 /// The minor version of the preamble. Listeners take any.
-pub const MINOR: u16 = 0;
+pub const MINOR: u16 = 1;
 
 /// The length of an encoded [`Preamble`].
 pub const PREAMBLE_BYTES: usize = 32;
@@ -37,6 +37,11 @@ pub const ANSWER_BYTES: usize = 16;
 pub enum Preamble {
     /// The control channel of a new session.
     Control,
+    /// The control channel of the session that `token` names, whose links have broken.
+    ControlAgain {
+        /// Told to the dialler over the first control channel.
+        token: SessionToken,
+    },
     /// A data channel of the session that `token` names.
     Data {
         /// Told to the dialler over the control channel.
@@ -48,6 +53,7 @@ pub enum Preamble {
 
 const ROLE_CONTROL: u16 = 1;
 const ROLE_DATA: u16 = 2;
+const ROLE_CONTROL_AGAIN: u16 = 3;
 
 /// Why the first bytes of a connection are not a preamble that we take.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -96,6 +102,7 @@ impl Preamble {
     pub fn encode(&self) -> [u8; PREAMBLE_BYTES] {
         let (role, index, token) = match self {
             Self::Control => (ROLE_CONTROL, 0, [0; 16]),
+            Self::ControlAgain { token } => (ROLE_CONTROL_AGAIN, 0, token.0),
             Self::Data { token, index } => (ROLE_DATA, *index, token.0),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
@@ -129,8 +136,11 @@ impl Preamble {
         let mut token = [0; 16];
         token.copy_from_slice(&bytes[16..32]);
         match role {
-            ROLE_CONTROL if index != 0 => Err(PreambleError::Field { field: "index", value: index }),
+            ROLE_CONTROL | ROLE_CONTROL_AGAIN if index != 0 => {
+                Err(PreambleError::Field { field: "index", value: index })
+            }
             ROLE_CONTROL => Ok(Self::Control),
+            ROLE_CONTROL_AGAIN => Ok(Self::ControlAgain { token: SessionToken(token) }),
             ROLE_DATA => Ok(Self::Data { token: SessionToken(token), index }),
             _ => Err(PreambleError::Field { field: "role", value: role }),
         }
@@ -157,7 +167,7 @@ pub enum Refusal {
     #[error("it found our preamble malformed")]
     Malformed,
     /// No session there expects this token.
-    #[error("it expects no data channel with our session token; the move may have ended there")]
+    #[error("it knows no session with our token; the move may have ended there")]
     UnknownSession,
     /// Too many connections wait to be taken.
     #[error("too many connections wait there; try again")]
@@ -219,6 +229,7 @@ mod tests {
     fn any_preamble() -> impl Strategy<Value = Preamble> {
         prop_oneof![
             Just(Preamble::Control),
+            any::<[u8; 16]>().prop_map(|token| Preamble::ControlAgain { token: SessionToken(token) }),
             (any::<[u8; 16]>(), any::<u16>())
                 .prop_map(|(token, index)| Preamble::Data { token: SessionToken(token), index }),
         ]
@@ -227,9 +238,9 @@ mod tests {
     #[test]
     fn layout_is_fixed() {
         let bytes = Preamble::Data { token: SessionToken([7; 16]), index: 0x0102 }.encode();
-        assert_eq!(&bytes[..16], b"\x89GODWIT\n\x01\x00\x00\x00\x02\x00\x02\x01");
+        assert_eq!(&bytes[..16], b"\x89GODWIT\n\x01\x00\x01\x00\x02\x00\x02\x01");
         assert_eq!(bytes[16..], [7; 16]);
-        assert_eq!(&encode_answer(Err(Refusal::Busy)), b"\x89GODWIT\n\x01\x00\x00\x00\x04\x00\x00\x00");
+        assert_eq!(&encode_answer(Err(Refusal::Busy)), b"\x89GODWIT\n\x01\x00\x01\x00\x04\x00\x00\x00");
     }
 
     #[test]

@@ -2,7 +2,11 @@
 //!
 //! ```text
 //! hello → preflight → prepare → receiving → loading → ready → owned
+//!                               ⇅
+//!                              away
 //! ```
+//!
+//! If the links break while memory is being received, what has arrived is kept for a while, in case the source comes back.
 //!
 //! Until *commit* has arrived this end owns nothing: whatever goes wrong, it drops what it has. Once it has arrived the
 //! machine is this end's, whatever becomes of the link; where there are claims, only once it has claimed it, and nothing but the
@@ -15,7 +19,8 @@ use super::DestinationOptions;
 use crate::channel::SessionToken;
 use crate::machine::{LoadContext, MachineDescription, Section, Verdict};
 use crate::message::{
-    Commit, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep, VERSION,
+    Commit, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep,
+    VERSION,
 };
 use crate::ownership::destination::{self as rules, DestinationHandover, Dropped};
 use crate::ownership::store::ClaimAnswer;
@@ -40,8 +45,21 @@ pub enum Input {
         /// Sum modulo 2^64.
         sum: u64,
     },
-    /// A data channel cannot be believed, or broke.
-    ChannelFailed(String),
+    /// A data channel broke; why.
+    ChannelLost(String),
+    /// What a data channel or the control link carries cannot be believed; why.
+    Nonsense(String),
+    /// The source is back: a control channel of this session was opened.
+    Returned {
+        /// Drawn for the data channels to come.
+        token: SessionToken,
+    },
+    /// The time since [`Action::AwaitReturn`] is up.
+    NotReturned,
+    /// This process is to take no machine in any more.
+    Stop,
+    /// A person says that the copy here is never to run.
+    Abandon,
     /// State was loaded, or not.
     Loaded(Result<Vec<TimedStep>, String>),
     /// What became of the claim.
@@ -70,7 +88,15 @@ pub enum Action {
     OpenData {
         /// How many.
         channels: u16,
+        /// What they show.
+        token: SessionToken,
     },
+    /// Close what is left of the links and end the workers; keep what has arrived.
+    Detach,
+    /// Give [`Input::Returned`] when the source comes back, or [`Input::NotReturned`] after so long.
+    AwaitReturn(Duration),
+    /// From here on, the control channel that came back is the one.
+    Attach,
     /// The source's round, for display.
     Round(u32),
     /// Load the state.
@@ -79,7 +105,7 @@ pub enum Action {
     Claim(Claim),
     /// Give [`Input::Retry`] after [`crate::ownership::RETRY_GAP`].
     Wait,
-    /// Tell the user that the claim is undecided; why.
+    /// Tell the user what cannot go on for now; why.
     Say(String),
     /// Let it run, or not.
     Start {
@@ -108,16 +134,24 @@ enum State {
     AwaitPrepare(Box<PreflightRequest>),
     Building(LoadContext),
     Receiving(Receiving),
+    /// The links have broken.
+    Away(LoadContext),
     Loading,
     Ready,
-    Claiming { run: bool, nonce: Nonce },
-    Starting { run: bool, right: Option<(RightToRun, Nonce)> },
+    Claiming {
+        run: bool,
+        nonce: Nonce,
+    },
+    Starting {
+        run: bool,
+        right: Option<(RightToRun, Nonce)>,
+    },
     Over,
 }
 
 struct Receiving {
     context: LoadContext,
-    verify: bool,
+    /// Data channels that have not ended.
     open_channels: u16,
     sum: u64,
     state: Option<Vec<Section>>,
@@ -131,6 +165,10 @@ pub struct DestinationControl {
     state: State,
     channels: u16,
     verify: bool,
+    /// How long to keep what has arrived if the links break.
+    keep: Option<Duration>,
+    /// The data channels have been open.
+    opened: bool,
     peer: String,
     /// The rules by which ownership passes, if the machine has claims.
     handover: Option<DestinationHandover>,
@@ -141,7 +179,18 @@ impl DestinationControl {
     /// A control channel has just been opened by a peer. `token` is random, drawn for this move.
     pub fn new(options: DestinationOptions, token: SessionToken, peer: String) -> Self {
         let (state, actions) = (State::Hello, VecDeque::new());
-        Self { options, token, state, channels: 0, verify: true, peer, handover: None, actions }
+        Self {
+            options,
+            token,
+            state,
+            channels: 0,
+            verify: true,
+            keep: None,
+            opened: false,
+            peer,
+            handover: None,
+            actions,
+        }
     }
 
     /// The rules, once the guest runs and only its marker is left to be made.
@@ -165,21 +214,36 @@ impl DestinationControl {
         self.state = match (state, input) {
             (State::Over, _) => State::Over,
             // After *commit* the machine is ours: a broken link changes nothing.
-            (starting @ State::Starting { .. }, Input::LinkLost(_) | Input::Message(_) | Input::ChannelFailed(_)) => {
-                starting
-            }
             (State::Starting { run, right }, Input::Started(result)) => self.started(run, right, result),
+            (starting @ State::Starting { .. }, _) => starting,
             (State::Claiming { run, nonce }, Input::Claimed(answer)) => {
                 self.decide(rules::Input::Claimed(answer), run, nonce)
             }
             (State::Claiming { run, nonce }, Input::Retry) => self.decide(rules::Input::Retry, run, nonce),
+            (State::Claiming { run, nonce }, Input::Abandon) => self.decide(rules::Input::Abandon, run, nonce),
             // Until the claim is decided nothing else counts.
             (claiming @ State::Claiming { .. }, _) => claiming,
             (_, Input::Message(Message::Abort(why))) => {
                 self.give_up(format!("{} called the move off: {why}", self.peer))
             }
+            (_, Input::Stop) => self.abort("this receiver is being ended".into()),
+            (_, Input::Nonsense(why)) => self.abort(why),
+            (State::Away(context), input) => self.away(context, input),
+            (State::Receiving(receiving), Input::LinkLost(why)) => {
+                self.link_lost(receiving.context, format!("the connection to {} broke: {why}", self.peer))
+            }
+            (State::Receiving(receiving), Input::ChannelLost(why) | Input::DataOpened(Err(why))) => {
+                self.link_lost(receiving.context, why)
+            }
+            (State::Receiving(receiving), Input::Returned { token }) => {
+                self.act(Action::Detach);
+                self.take_up(receiving.context, token)
+            }
+            (_, Input::Returned { .. }) => {
+                self.give_up(format!("{} came back after its state had been loaded here", self.peer))
+            }
             (_, Input::LinkLost(why)) => self.give_up(format!("the connection to {} broke: {why}", self.peer)),
-            (_, Input::ChannelFailed(why)) => self.abort(why),
+            (_, Input::ChannelLost(why)) => self.abort(why),
             (State::Hello, Input::Message(Message::Hello(hello))) => self.hello(hello),
             (State::Hello, Input::Message(message)) => {
                 self.abort(format!("the peer began with {} instead of Hello", message.name()))
@@ -197,6 +261,10 @@ impl DestinationControl {
                     false => self.give_up("the machine was refused by preflight".into()),
                 }
             }
+            (state @ State::AwaitPrepare(_), Input::Message(Message::Keep(limit))) => {
+                self.keep = Some(limit.min(self.options.keep_limit)).filter(|limit| !limit.is_zero());
+                state
+            }
             (State::AwaitPrepare(agreed), Input::Message(Message::Prepare(request))) => {
                 let context = LoadContext { clock_offset_ns: request.clock_offset_ns };
                 self.channels = agreed.channels;
@@ -206,15 +274,7 @@ impl DestinationControl {
             }
             (State::Building(context), Input::Built(Ok(load))) => {
                 self.act(Action::Send(Message::Prepared(Prepared { token: self.token, load })));
-                self.act(Action::OpenData { channels: self.channels });
-                State::Receiving(Receiving {
-                    context,
-                    verify: self.verify,
-                    open_channels: self.channels,
-                    sum: 0,
-                    state: None,
-                    table: None,
-                })
+                self.open_data(context, self.token)
             }
             (State::Building(_), Input::Built(Err(why))) => self.abort(why),
             (State::Receiving(receiving), input) => self.receiving(receiving, input),
@@ -237,7 +297,7 @@ impl DestinationControl {
         self.peer = format!("{} ({}, {})", self.peer, hello.host, hello.program);
         self.act(Action::Send(Message::Hello(Hello {
             version: VERSION,
-            features: 0,
+            features: FEATURE_RETURN,
             program: concat!("godwit ", env!("CARGO_PKG_VERSION")).into(),
             host: self.options.host_name.clone(),
         })));
@@ -259,7 +319,7 @@ impl DestinationControl {
 
     fn receiving(&mut self, mut receiving: Receiving, input: Input) -> State {
         match input {
-            Input::DataOpened(Err(why)) => return self.abort(why),
+            Input::DataOpened(Ok(())) => self.opened = true,
             Input::ChannelEnded { sum } => {
                 receiving.open_channels = receiving.open_channels.saturating_sub(1);
                 receiving.sum = receiving.sum.wrapping_add(sum);
@@ -273,12 +333,45 @@ impl DestinationControl {
         let (Some(sum), 0, true) = (receiving.table, receiving.open_channels, receiving.state.is_some()) else {
             return State::Receiving(receiving);
         };
-        if receiving.verify && sum != receiving.sum {
+        if self.verify && sum != receiving.sum {
             // Invariant 4: nothing is loaded over memory that is not what was sent.
             return self.abort("the memory that arrived is not what was sent (the page tables differ)".into());
         }
         self.act(Action::Load(receiving.state.unwrap_or_default(), receiving.context));
         State::Loading
+    }
+
+    fn open_data(&mut self, context: LoadContext, token: SessionToken) -> State {
+        self.act(Action::OpenData { channels: self.channels, token });
+        State::Receiving(Receiving { context, open_channels: self.channels, sum: 0, state: None, table: None })
+    }
+
+    /// The links broke while memory was being received.
+    fn link_lost(&mut self, context: LoadContext, why: String) -> State {
+        let Some(keep) = self.keep.filter(|_| self.opened) else { return self.abort(why) };
+        self.act(Action::Say(format!("{why}; what has arrived is kept for {keep:.0?}, in case it comes back")));
+        self.act(Action::Detach);
+        self.act(Action::AwaitReturn(keep));
+        State::Away(context)
+    }
+
+    fn away(&mut self, context: LoadContext, input: Input) -> State {
+        match input {
+            Input::Returned { token } => self.take_up(context, token),
+            Input::NotReturned => {
+                self.give_up(format!("{} did not come back in time after the connection had broken", self.peer))
+            }
+            // What was under way when the links broke, and is late.
+            _ => State::Away(context),
+        }
+    }
+
+    /// The source is back, and sends again what it does not know to have arrived.
+    fn take_up(&mut self, context: LoadContext, token: SessionToken) -> State {
+        self.act(Action::Attach);
+        self.act(Action::Say(format!("{} is back", self.peer)));
+        self.act(Action::Send(Message::Attached(token)));
+        self.open_data(context, token)
     }
 
     fn commit(&mut self, Commit { epoch, nonce, run }: Commit) -> State {
@@ -303,7 +396,9 @@ impl DestinationControl {
             match action {
                 rules::Action::Claim(claim) => self.act(Action::Claim(claim)),
                 rules::Action::Wait => self.act(Action::Wait),
-                rules::Action::Report(why) => self.act(Action::Say(why)),
+                rules::Action::Report(why) => {
+                    self.act(Action::Say(format!("it is not known yet whether the machine is this end's: {why}")));
+                }
                 rules::Action::Run(right) => {
                     self.act(Action::Start { run });
                     return State::Starting { run, right: Some((right, nonce)) };

@@ -1,7 +1,10 @@
 //! The destination in life: threads, channels and a clock around [`DestinationControl`].
 
+mod links;
+
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -9,8 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::claims::Shared as SharedClaims;
 use super::control::{Action, DestinationControl, Input};
 use super::receiving::{DestinationPages, ReceivingChannel};
-use super::worker::{self, Shared};
-use super::{ClaimOptions, DestinationOptions, DestinationOutcome};
+use super::{DestinationOptions, DestinationOutcome};
 use crate::channel::{Channel, HangUp, IncomingData, SessionToken};
 use crate::layout::Layout;
 use crate::link::ControlLink;
@@ -23,30 +25,39 @@ use crate::random;
 use crate::table::{PageHasher, PageTable};
 use crate::view::MemoryView;
 
-/// How long the source may take to open its data channels once it was told to.
-const OPEN_DATA_LIMIT: Duration = Duration::from_secs(10);
-/// How long the source may take to close once it has been told that the move is over.
-const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
 /// How often silence is looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// How often it is looked whether a source that is away has come back.
+const AWAY_TICK: Duration = Duration::from_millis(20);
+
+/// What happened, and on which links.
+type FromLinks = (u32, Input);
 
 /// One attempt to take a machine in.
 pub struct Driver<'a, H: DestinationHost> {
     host: &'a mut H,
     data: &'a mut dyn IncomingData,
     observer: Arc<dyn Observer>,
-    silence_limit: Duration,
+    options: DestinationOptions,
     token: SessionToken,
     link: ControlLink,
-    control: DestinationControl,
-    sender: Sender<Input>,
-    inputs: Receiver<Input>,
-    machine: Option<H::Machine>,
-    shared: Option<Arc<Shared>>,
-    workers: Vec<JoinHandle<()>>,
-    hang_ups: Vec<Arc<dyn HangUp>>,
+    /// How often the links were made: what comes from earlier ones is late.
+    links: u32,
     link_lost: bool,
-    claim_options: Option<ClaimOptions>,
+    control: DestinationControl,
+    sender: Sender<FromLinks>,
+    inputs: Receiver<FromLinks>,
+    machine: Option<H::Machine>,
+    pages: Option<Arc<DestinationPages>>,
+    /// The data channels, while no worker has them.
+    idle: Vec<ReceivingChannel>,
+    workers: Vec<JoinHandle<ReceivingChannel>>,
+    hang_ups: Vec<Arc<dyn HangUp>>,
+    /// A control channel of this session that has come back, and is not taken up yet.
+    returned: Option<Channel>,
+    /// Until when to wait for one.
+    away_until: Option<Instant>,
+    stop_told: bool,
     claims: Option<SharedClaims>,
     /// How long each attempt to claim took.
     claim_steps: Vec<TimedStep>,
@@ -66,27 +77,27 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         let token = SessionToken(random::secret()?);
         let peer = control.peer.clone();
         let (sender, inputs) = mpsc::channel();
-        let hear = sender.clone();
-        let link = ControlLink::start(control, move |message| {
-            // Nobody listens any more: the move is over.
-            let _ = hear.send(message.map_or_else(Input::LinkLost, Input::Message));
-        })?;
+        let link = links::start(control, 0, sender.clone())?;
         Ok(Self {
             host,
             data,
             observer,
-            silence_limit: options.silence_limit,
+            options: options.clone(),
             token,
             link,
+            links: 0,
+            link_lost: false,
             control: DestinationControl::new(options.clone(), token, peer),
             sender,
             inputs,
             machine: None,
-            shared: None,
+            pages: None,
+            idle: Vec::new(),
             workers: Vec::new(),
             hang_ups: Vec::new(),
-            link_lost: false,
-            claim_options: options.claims.clone(),
+            returned: None,
+            away_until: None,
+            stop_told: false,
             claims: None,
             claim_steps: Vec::new(),
             began: Instant::now(),
@@ -108,18 +119,19 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                     action => self.execute(action),
                 }
             }
-            match self.inputs.recv_timeout(TICK) {
-                Ok(input) => {
+            let tick = if self.away_until.is_some() { AWAY_TICK } else { TICK };
+            match self.inputs.recv_timeout(tick) {
+                Ok((links, input)) if links == self.links => {
                     self.link_lost |= matches!(input, Input::LinkLost(_));
                     self.control.handle(input);
                 }
+                // Late.
+                Ok(_) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
-            if self.link.silence() > self.silence_limit {
-                self.link_lost = true;
-                let why = format!("nothing was heard from it for {:?}", self.silence_limit);
-                self.control.handle(Input::LinkLost(why));
-            }
+            self.listen_for_silence();
+            self.look_for_return();
+            self.look_for_orders();
         }
     }
 
@@ -140,9 +152,9 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 let built = self.build(&machine, request).map_err(|error| error.to_string());
                 self.control.handle(Input::Built(built));
             }
-            Action::OpenData { channels } => {
-                let opened = self.open_data(channels).map_err(|error| error.to_string());
-                if opened.is_ok() {
+            Action::OpenData { channels, token } => {
+                let opened = self.open_data(channels, token).map_err(|error| error.to_string());
+                if opened.is_ok() && self.links == 0 {
                     self.enter(Phase::FirstPass);
                 }
                 self.control.handle(Input::DataOpened(opened));
@@ -163,12 +175,20 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 self.enter(Phase::Commit);
                 self.claim(&claim);
             }
+            Action::Detach => self.detach(),
+            Action::AwaitReturn(limit) => self.away_until = Some(Instant::now() + limit),
+            Action::Attach => {
+                if let Err(why) = self.attach() {
+                    self.control.handle(Input::LinkLost(why.to_string()));
+                }
+            }
             Action::Wait => {
                 thread::sleep(RETRY_GAP);
+                self.look_for_orders();
                 self.control.handle(Input::Retry);
             }
             Action::Say(why) => {
-                tracing::warn!("it is not known yet whether the machine is this end's: {why}");
+                tracing::warn!("{why}");
                 self.observer.event(Event::Decision { text: why });
             }
             Action::MarkRunning(epoch) => {
@@ -191,10 +211,21 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         }
     }
 
+    /// What this process was told from outside.
+    fn look_for_orders(&mut self) {
+        if self.options.stop.load(Ordering::Acquire) && !self.stop_told {
+            self.stop_told = true;
+            self.control.handle(Input::Stop);
+        }
+        if self.options.abandon.load(Ordering::Acquire) {
+            self.control.handle(Input::Abandon);
+        }
+    }
+
     /// Looks for the source's claims here, if its machine has any.
     fn agree_on_claims(&mut self, offered: Option<&message::SharedClaims>, machine: &str) -> Result<(), Refusal> {
         let Some(offered) = offered else { return Ok(()) };
-        let options = self.claim_options.as_ref().ok_or_else(|| {
+        let options = self.options.claims.as_ref().ok_or_else(|| {
             Refusal::new("ownership", "the machine has claims, and this host has no name to claim it with")
         })?;
         let claims = SharedClaims::find(options, offered, machine)?;
@@ -240,42 +271,10 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             table: PageTable::new(&layout),
             hasher: PageHasher::new(request.table_seed, request.verify),
         };
-        self.shared = Some(Arc::new(Shared { pages, link: self.link.clone() }));
+        self.pages = Some(Arc::new(pages));
         self.machine = Some(machine);
-        self.data.expect(self.token);
+        self.data.expect_return(self.token);
         Ok(load)
-    }
-
-    fn open_data(&mut self, channels: u16) -> io::Result<()> {
-        let deadline = Instant::now() + OPEN_DATA_LIMIT;
-        let mut open = vec![false; channels.into()];
-        while open.contains(&false) {
-            let (index, channel) = self.data.accept(deadline.saturating_duration_since(Instant::now()))?;
-            match open.get_mut(usize::from(index)) {
-                Some(open) if !*open => *open = true,
-                _ => return Err(io::Error::other(format!("data channel {index} was not asked for"))),
-            }
-            self.hang_ups.push(Arc::clone(&channel.hang_up));
-            self.start_worker(index.into(), channels.into(), channel)?;
-        }
-        Ok(())
-    }
-
-    fn start_worker(&mut self, index: usize, channels: usize, channel: Channel) -> io::Result<()> {
-        let Some(shared) = self.shared.clone() else { return Ok(()) };
-        let inputs = self.sender.clone();
-        let mut receiving = ReceivingChannel::new(&shared.pages, index, channels)?;
-        let worker = thread::Builder::new().name(format!("data-{index}")).spawn(move || {
-            // The writing half stays open until the channel has ended: closing it early could reset the connection.
-            let Channel { reader, writer: _writer, .. } = channel;
-            let input = match worker::run(&shared, index, &mut receiving, reader) {
-                Ok(sum) => Input::ChannelEnded { sum },
-                Err(error) => Input::ChannelFailed(error.to_string()),
-            };
-            let _ = inputs.send(input);
-        })?;
-        self.workers.push(worker);
-        Ok(())
     }
 
     fn own(mut self, running: bool, right: Option<(RightToRun, Nonce)>) -> DestinationOutcome<H::Machine> {
@@ -296,24 +295,6 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     fn give_up(mut self, why: String) -> DestinationOutcome<H::Machine> {
         self.hang_up();
         DestinationOutcome::Ended(why)
-    }
-
-    fn hang_up(&mut self) {
-        self.link.finish();
-        self.join();
-        // The peer is given a moment to hear why and close, before the link is closed under it.
-        let deadline = Instant::now() + LAST_WORD_LIMIT;
-        let next = || self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-        if !self.link_lost {
-            while next().is_ok_and(|input| !matches!(input, Input::LinkLost(_))) {}
-        }
-        self.link.hang_up();
-    }
-
-    /// The data channels have ended, or are ended here.
-    fn join(&mut self) {
-        self.hang_ups.drain(..).for_each(|hang_up| hang_up.hang_up());
-        self.workers.drain(..).for_each(|worker| drop(worker.join()));
     }
 
     fn enter(&self, phase: Phase) {

@@ -6,13 +6,14 @@ mod driver;
 pub mod receiving;
 mod worker;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 pub use self::claims::ClaimOptions;
 use self::driver::Driver;
 pub use self::receiving::{DestinationPages, ReceivingChannel};
-use crate::link::ControlLink;
+use crate::link::{ControlLink, LinkEnd};
 
 use crate::channel::{Channel, IncomingData};
 use crate::machine::DestinationHost;
@@ -29,13 +30,27 @@ pub struct DestinationOptions {
     pub host_name: String,
     /// As whom and where machines are claimed; `None`: only machines without claims are taken in.
     pub claims: Option<ClaimOptions>,
+    /// The longest that what has arrived is kept for a source whose links have broken, however long it asks for.
+    pub keep_limit: Duration,
+    /// Set: this process takes no machine in any more. Ends the move before *commit*.
+    pub stop: Arc<AtomicBool>,
+    /// Set: a person says that the copy here is never to run. Heard while the claim is undecided.
+    pub abandon: Arc<AtomicBool>,
     /// How long to wait for the source's *commit* after *ready*, and for anything at all in between.
     pub silence_limit: Duration,
 }
 
 impl Default for DestinationOptions {
     fn default() -> Self {
-        Self { hold: false, host_name: "destination".into(), claims: None, silence_limit: Duration::from_secs(10) }
+        Self {
+            hold: false,
+            host_name: "destination".into(),
+            claims: None,
+            keep_limit: Duration::from_secs(600),
+            stop: Arc::default(),
+            abandon: Arc::default(),
+            silence_limit: Duration::from_secs(10),
+        }
     }
 }
 
@@ -81,7 +96,7 @@ const REFUSAL_LIMIT: Duration = Duration::from_secs(5);
 pub fn refuse(control: Channel, reason: &str) {
     let (tell, hear) = mpsc::channel();
     let deadline = Instant::now() + REFUSAL_LIMIT;
-    let heard = move |message: Result<Message, String>| {
+    let heard = move |message: Result<Message, LinkEnd>| {
         // Once nobody waits any more there is nobody to tell.
         let _ = tell.send(message.is_ok());
     };

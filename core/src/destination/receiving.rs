@@ -72,6 +72,11 @@ impl ReceivingChannel {
         Ok(Received::Nothing)
     }
 
+    /// By how much this channel has made the table's sum grow, over all links.
+    pub fn sum(&self) -> u64 {
+        self.sum
+    }
+
     /// Its link broke, and it is to go on over another. Pages that were wanted may be half written; they are among those
     /// that the source sends again.
     pub fn reattach(&mut self, pages: &DestinationPages) {

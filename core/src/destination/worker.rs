@@ -13,14 +13,6 @@ use crate::message::{Applied, Message};
 /// Small chunks are read together; large runs of pages past this buffer.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// What all workers of a move share.
-pub struct Shared {
-    /// The machine's pages.
-    pub pages: DestinationPages,
-    /// Where marks are acknowledged.
-    pub link: ControlLink,
-}
-
 /// Why a data channel came to nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
@@ -32,9 +24,11 @@ pub enum WorkerError {
     Decode(usize, DecodeError),
 }
 
-/// Applies all that data channel `index` carries, and returns its share of the table's sum once it has ended.
+/// Applies all that data channel `index` carries, acknowledging marks over `link`, and returns its share of the table's sum once it
+/// has ended.
 pub fn run(
-    shared: &Shared,
+    pages: &DestinationPages,
+    link: &ControlLink,
     index: usize,
     channel: &mut ReceivingChannel,
     reader: Box<dyn ChannelReader>,
@@ -47,11 +41,11 @@ pub fn run(
             Wants::Bytes(count) => {
                 bytes.resize(count, 0);
                 reader.read_exact(&mut bytes).map_err(broke)?;
-                channel.handle_bytes(&shared.pages, &bytes)
+                channel.handle_bytes(pages, &bytes)
             }
-            Wants::Pages { slot, pages } => {
-                reader.read_exact_volatile(&shared.pages.view.pages(slot, pages)).map_err(broke)?;
-                channel.handle_pages(&shared.pages)
+            Wants::Pages { slot, pages: count } => {
+                reader.read_exact_volatile(&pages.view.pages(slot, count)).map_err(broke)?;
+                channel.handle_pages(pages)
             }
             Wants::Nothing => return Err(WorkerError::Decode(index, DecodeError::Misuse)),
         };
@@ -59,7 +53,7 @@ pub fn run(
             Received::Nothing => {}
             Received::Mark(mark) => {
                 let applied = Applied { channel: index as u16, mark };
-                shared.link.send(&Message::Applied(applied)).map_err(broke)?;
+                link.send(&Message::Applied(applied)).map_err(broke)?;
             }
             Received::Ended(sum) => return Ok(sum),
         }

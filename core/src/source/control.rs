@@ -9,12 +9,17 @@
 //!        completed ← commit ← state ← final-pages ← pause ←───┘
 //! ```
 //!
+//! A link that breaks between *first-pass* and *state* is made anew, and the rounds go on (`control/reconnecting.rs`).
+//!
 //! Whatever goes wrong before *commit* takes one way out (`SourceControl::end`), after which the guest is as it was.
 //! After *commit* there is none but the claims ([`crate::ownership`]): without *running* the guest stays paused here until they
 //! say whose it is, or, where there are none, a person decides.
 
 mod ending;
 mod measured;
+mod reconnecting;
+mod rounds;
+mod setup;
 mod vocabulary;
 
 use std::collections::VecDeque;
@@ -22,15 +27,14 @@ use std::time::Duration;
 
 use self::ending::Ending;
 use self::measured::{Clock, FixedCost};
+use self::reconnecting::{LastBreak, Reconnecting};
 pub use self::vocabulary::{Action, Done, Input, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
+use crate::channel::SessionToken;
 use crate::machine::{MachineDescription, Refusal};
-use crate::message::{
-    Hello, Message, PreflightRequest, PrepareRequest, RoundStart, SharedClaims, TableSum, TimedStep, VERSION,
-};
+use crate::message::{Message, TableSum, TimedStep};
 use crate::phase::Phase;
-use crate::policy::{Decision, Limits, RoundEnd};
-use crate::progress::{Report, RoundReport, Step};
+use crate::progress::{self, Report, Step};
 
 /// How long the destination may take to answer *hello* and each clock request.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -38,19 +42,7 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const PREFLIGHT_LIMIT: Duration = Duration::from_secs(30);
 /// How long it may take to build the machine.
 const PREPARE_LIMIT: Duration = Duration::from_secs(60);
-/// Clock samples: the one with the shortest round trip counts (as in NTP, RFC 5905 section 10).
-const CLOCK_SAMPLES: u32 = 5;
-/// The link is first probed with little, so that a slow one is not kept busy for long …
-const FIRST_PROBE_BYTES: u64 = 1 << 20;
-/// … and again with more if it was quick.
-const SECOND_PROBE_BYTES: u64 = 4 << 20;
-const QUICK_PROBE: Duration = Duration::from_millis(10);
-/// What copying and hashing leave of a fast link, until a round has measured it: what one core of a small machine
-/// does (docs/performance.md).
-const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
-/// Rounds that sent less say little about the rate …
-const TELLING_ROUND_BYTES: u64 = 256 << 10;
-/// … and as long as none was telling, this is what the pause reckons with: a Gbit/s link.
+/// As long as no round was telling, this is what the pause reckons with: a Gbit/s link.
 const UNMEASURED_BYTES_PER_S: f64 = 125e6;
 /// The longest wait for the destination to catch up between two rounds.
 const QUEUE_LIMIT: Duration = Duration::from_millis(100);
@@ -71,15 +63,23 @@ pub struct SourceControl {
     actions: VecDeque<Action>,
     held: Option<VecDeque<Input>>,
     ending: Option<Ending>,
+    /// The links have broken, and are being made anew.
+    reconnecting: Option<Reconnecting>,
     /// The destination is lost, why, and the claims are being asked who has the machine.
     settling: Option<String>,
     finished: bool,
     link_up: bool,
+    /// Both ends can take up a session again whose links have broken.
+    returns: bool,
+    session: Option<SessionToken>,
+    /// How the last break went.
+    last_break: Option<LastBreak>,
 
     machine: Option<MachineDescription>,
     peer_host: String,
     clock: Clock,
     round: u32,
+    round_under_way: bool,
     proceed: bool,
     cut: bool,
     queue_awaited_since: Option<Duration>,
@@ -87,6 +87,8 @@ pub struct SourceControl {
     switchover_bytes_per_s: f64,
     wire_bytes_per_page: f64,
     paused_at: Option<Duration>,
+    /// The guest was asked to stop, and not to go on again.
+    guest_stopped: bool,
     downtime: Option<Duration>,
     sent_at: Duration,
     report: Report,
@@ -129,18 +131,24 @@ impl SourceControl {
             actions: VecDeque::new(),
             held: None,
             ending: None,
+            reconnecting: None,
             settling: None,
             finished: false,
             link_up: false,
+            returns: false,
+            session: None,
+            last_break: None,
             machine: None,
             peer_host: "the destination".into(),
             clock: Clock::default(),
             round: 0,
+            round_under_way: false,
             proceed: false,
             cut: false,
             queue_awaited_since: None,
             cost: FixedCost::default(),
             paused_at: None,
+            guest_stopped: false,
             downtime: None,
             sent_at: Duration::ZERO,
             report: Report::default(),
@@ -167,6 +175,9 @@ impl SourceControl {
         if self.ending.is_some() || self.settling.is_some() || self.held.is_some() {
             return None;
         }
+        if let Some(reconnecting) = &self.reconnecting {
+            return Some(reconnecting.deadline(self.options.reconnect_timeout));
+        }
         let limit = match self.phase {
             Phase::Handshake => HANDSHAKE_LIMIT,
             Phase::Preflight => PREFLIGHT_LIMIT,
@@ -190,6 +201,11 @@ impl SourceControl {
         self.options.compression
     }
 
+    /// Whether it has ended, or is about to.
+    pub fn is_ending(&self) -> bool {
+        self.finished || self.ending.is_some()
+    }
+
     /// Where the move stands.
     pub fn phase(&self) -> Phase {
         self.phase
@@ -209,6 +225,12 @@ impl SourceControl {
     /// The pause, once it is over: until *running* was heard.
     pub fn downtime(&self) -> Option<Duration> {
         self.downtime
+    }
+
+    /// While the links are broken.
+    pub fn reconnecting(&self) -> Option<progress::Reconnecting> {
+        let reconnecting = self.reconnecting.as_ref()?;
+        Some(reconnecting.progress(self.now, self.options.reconnect_timeout))
     }
 
     /// What the pause can count on, bytes per second.
@@ -257,6 +279,7 @@ impl SourceControl {
             // Late, and true: whoever asks the claims hears of it, too.
             Input::Message(Message::Running(_)) if self.settling.is_some() => return self.note_running(),
             _ if self.settling.is_some() => return,
+            input if self.reconnecting.is_some() => self.reconnect(input),
             // Whoever says no before anything was asked of it, refuses.
             Input::Message(Message::Abort(why)) if self.phase <= Phase::Preflight => {
                 self.end(Ending::Refused(vec![Refusal::new("destination", why)]));
@@ -266,9 +289,9 @@ impl SourceControl {
             Input::Done(done) => self.done(done),
             Input::LinkLost(why) => {
                 self.link_up = false;
-                self.fail(format!("the connection to {} broke: {why}", self.peer_host));
+                self.link_lost(why);
             }
-            Input::Failed(what) => self.fail(what),
+            Input::Failed(what) | Input::Unreachable { why: what, .. } => self.fail(what),
             Input::Cancel if self.phase.before_commit() => self.end(Ending::Cancelled),
             Input::Proceed if self.phase == Phase::PreSwitchover => {
                 self.proceed = true;
@@ -283,6 +306,9 @@ impl SourceControl {
     fn check_deadline(&mut self) {
         if self.deadline().is_none_or(|deadline| self.now < deadline) {
             return;
+        }
+        if self.reconnecting.is_some() {
+            return self.reconnecting_overdue();
         }
         let peer = &self.peer_host;
         match self.phase {
@@ -318,6 +344,7 @@ impl SourceControl {
             }
             (Phase::Prepare, Message::Prepared(prepared)) => {
                 self.cost.load = prepared.load;
+                self.session = self.returns.then_some(prepared.token);
                 self.act(Action::OpenData { token: prepared.token, table_seed: self.table_seed });
             }
             (Phase::State, Message::Ready(steps)) => {
@@ -337,102 +364,11 @@ impl SourceControl {
         }
     }
 
-    fn hello(&mut self, hello: Hello) {
-        if hello.version.major != VERSION.major {
-            let why = format!(
-                "{} ({}) speaks protocol {}.{}, this end {}.{}: the same version of Godwit is needed on both ends",
-                hello.host, hello.program, hello.version.major, hello.version.minor, VERSION.major, VERSION.minor
-            );
-            return self.end(Ending::Refused(vec![Refusal::new("protocol", why)]));
-        }
-        self.peer_host = hello.host;
-        self.ask_clock();
-    }
-
-    fn ask_clock(&mut self) {
-        self.clock.asked += 1;
-        self.clock.asked_at = self.now;
-        self.act(Action::Send(Message::ClockRequest(self.clock.asked)));
-    }
-
-    /// Called by the driver as it sends a clock request: the time on this host's CLOCK_REALTIME.
-    pub fn clock_asked(&mut self, now: Duration, realtime_ns: i64) {
-        self.clock.asked_at = now;
-        self.clock.asked_realtime_ns = realtime_ns;
-    }
-
-    fn clock_reply(&mut self, realtime_ns: i64) {
-        let round_trip = self.now.saturating_sub(self.clock.asked_at);
-        if self.clock.best_round_trip.is_none_or(|best| round_trip < best) {
-            self.clock.best_round_trip = Some(round_trip);
-            let middle = self.clock.asked_realtime_ns.saturating_add(round_trip.as_nanos() as i64 / 2);
-            self.clock.offset_ns = realtime_ns.saturating_sub(middle);
-            self.cost.round_trip = round_trip;
-        }
-        if self.clock.asked < CLOCK_SAMPLES {
-            return self.ask_clock();
-        }
-        self.enter(Phase::Preflight);
-        self.act(Action::Describe);
-    }
-
     fn done(&mut self, done: Done) {
+        if self.phase < Phase::FirstPass {
+            return self.set_up(done);
+        }
         match (self.phase, done) {
-            (Phase::Connect, Done::Connected) => {
-                self.link_up = true;
-                self.enter(Phase::Handshake);
-                let (program, host) = (self.program.clone(), self.host.clone());
-                self.act(Action::Send(Message::Hello(Hello { version: VERSION, features: 0, program, host })));
-            }
-            (Phase::Preflight, Done::Described(machine, question)) => {
-                let request = PreflightRequest {
-                    machine: machine.clone(),
-                    question,
-                    claims: self.options.ownership.as_deref().map(|holding| SharedClaims {
-                        directory: holding.directory().display().to_string(),
-                        claim: holding.claim().to_string(),
-                    }),
-                    channels: self.options.channels,
-                    dry_run: self.options.dry_run,
-                };
-                self.machine = Some(machine);
-                self.act(Action::Send(Message::Preflight(request)));
-            }
-            (Phase::Preflight, Done::Judged(refusals)) => match refusals.is_empty() {
-                true if self.options.dry_run => self.end(Ending::WouldMove),
-                true => {
-                    self.enter(Phase::Prepare);
-                    self.act(Action::Rehearse);
-                }
-                false => self.end(Ending::Refused(refusals)),
-            },
-            (Phase::Prepare, Done::Rehearsed { sections, pause }) => {
-                self.cost.pause = pause;
-                self.act(Action::Send(Message::Prepare(PrepareRequest {
-                    table_seed: self.table_seed,
-                    verify: self.options.verify,
-                    clock_offset_ns: self.clock.offset_ns,
-                    rehearsal: sections,
-                })));
-            }
-            // Without a cap the rounds themselves measure the link.
-            (Phase::Prepare, Done::DataOpened { capped }) => match self.options.switchover_bandwidth_bytes_per_s {
-                None if capped => self.act(Action::Probe(FIRST_PROBE_BYTES)),
-                _ => self.act(Action::StartLog),
-            },
-            (Phase::Prepare, Done::Probed { bytes, duration }) => {
-                if duration < QUICK_PROBE && bytes < SECOND_PROBE_BYTES {
-                    return self.act(Action::Probe(SECOND_PROBE_BYTES));
-                }
-                let rate = bytes as f64 / duration.as_secs_f64().max(1e-6);
-                self.switchover_bytes_per_s = rate.min(DATA_PATH_BYTES_PER_S);
-                self.act(Action::Say(format!("the link takes {:.0} MB/s", rate / 1e6)));
-                self.act(Action::StartLog);
-            }
-            (Phase::Prepare, Done::LogStarted) => {
-                self.enter(Phase::FirstPass);
-                self.begin_round();
-            }
             (Phase::FirstPass | Phase::Rounds, Done::RoundSent(sent)) => self.round_sent(sent),
             (Phase::FirstPass | Phase::Rounds, Done::QueueEmpty) if self.queue_awaited_since.is_some() => {
                 self.next_round();
@@ -458,92 +394,6 @@ impl SourceControl {
             // Completions of a phase that has been left are late and mean nothing.
             (phase, done) => tracing::debug!("late in phase {phase}: {done:?}"),
         }
-    }
-
-    fn begin_round(&mut self) {
-        let pages = match (self.report.rounds.last(), &self.machine) {
-            (Some(round), _) => round.dirty_pages,
-            (None, Some(machine)) => machine.memory_bytes() / 4096,
-            (None, None) => 0,
-        };
-        self.act(Action::Send(Message::Round(RoundStart { round: self.round, pages })));
-        self.act(Action::Round { first: self.round == 0 });
-    }
-
-    fn next_round(&mut self) {
-        self.queue_awaited_since = None;
-        if self.phase != Phase::Rounds {
-            self.enter(Phase::Rounds);
-        }
-        self.round += 1;
-        self.begin_round();
-    }
-
-    fn round_sent(&mut self, sent: RoundSent) {
-        let seconds = sent.duration.as_secs_f64().max(1e-9);
-        if sent.wire_bytes >= TELLING_ROUND_BYTES {
-            self.wire_bytes_per_page = sent.wire_bytes as f64 / sent.pages.max(1) as f64;
-            let rate = sent.wire_bytes as f64 / seconds;
-            if self.options.switchover_bandwidth_bytes_per_s.is_none() {
-                // Under a cap a round shows what the link takes at least; without one, what it takes.
-                self.switchover_bytes_per_s = if sent.capped { self.switchover_bytes_per_s.max(rate) } else { rate };
-            }
-        }
-        self.cost.harvest = sent.harvest;
-        let end = RoundEnd {
-            round: self.round,
-            elapsed: self.now,
-            dirty_pages: sent.dirty_pages,
-            wire_bytes_per_page: self.wire_bytes_per_page,
-            queued_bytes: sent.queued_bytes,
-            switchover_bytes_per_s: self.switchover_bytes_per_s,
-            fixed: self.cost.total(),
-        };
-        let report = RoundReport {
-            round: self.round,
-            duration_ms: sent.duration.as_secs_f64() * 1e3,
-            pages_sent: sent.pages,
-            wire_bytes: sent.wire_bytes,
-            dirty_pages: sent.dirty_pages,
-            predicted_pause_ms: end.predicted_pause().as_secs_f64() * 1e3,
-        };
-        self.report.rounds.push(report.clone());
-        self.act(Action::RoundEnded(report));
-        let limits = Limits {
-            downtime: self.options.downtime_limit,
-            max_rounds: self.options.max_rounds,
-            timeout: self.options.timeout,
-            on_stall: self.options.on_stall,
-        };
-        match end.decide(&limits) {
-            Decision::AwaitQueue => {
-                self.queue_awaited_since = Some(self.now);
-                self.act(Action::AwaitQueue);
-            }
-            Decision::Continue => self.next_round(),
-            Decision::Stop => {
-                let pause = end.predicted_pause();
-                self.act(Action::Say(format!(
-                    "stopping the guest after round {}: {} dirty pages, predicted pause {pause:.1?} ({:.1?} of it fixed), limit {:.1?}",
-                    self.round, sent.dirty_pages, end.fixed, limits.downtime
-                )));
-                self.switch_over();
-            }
-            Decision::ForceStop(why) => {
-                self.act(Action::Say(format!("stopping the guest all the same (--on-stall force): {why}")));
-                self.switch_over();
-            }
-            Decision::GiveUp(why) => self.fail(format!("the move does not converge: {why}")),
-        }
-    }
-
-    fn switch_over(&mut self) {
-        if self.options.pause_before_switchover && !self.proceed {
-            return self.enter(Phase::PreSwitchover);
-        }
-        self.enter(Phase::Pause);
-        self.paused_at = Some(self.now);
-        self.act(Action::StopGuest);
     }
 
     fn enter(&mut self, phase: Phase) {

@@ -1,17 +1,19 @@
-//! The source's data channels: opening them, and what exists once they are open.
+//! The source's data channels: what exists from the first time they are open, and their workers.
 
-use std::sync::Arc;
+use std::io;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::Compression;
 use super::driver::Event;
 use super::flow::Flow;
-use super::sending::{Order, SendingChannel, SourcePages};
+use super::sending::{BrokenOff, Order, SendingChannel, SourcePages, break_off};
+use super::tally::Tally;
 use super::unacknowledged::Unacknowledged;
 use super::worker::{Shared, Worker};
-use crate::channel::{Dial, HangUp, SessionToken};
+use crate::channel::{Channel, Dial, HangUp, SessionToken};
 use crate::layout::Layout;
 use crate::machine::{MachineError, SourceMachine};
 use crate::pending::{Harvester, Pending};
@@ -22,114 +24,116 @@ use crate::view::MemoryView;
 /// How long opening a channel may take.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// What exists once the data channels are open.
+/// What exists once the data channels have been open.
 pub struct Data {
     /// What the workers share.
     pub shared: Arc<Shared>,
-    /// Gone once the last harvest is under way.
-    pub harvester: Option<Harvester>,
-    /// To each worker.
-    pub orders: Vec<Sender<Order>>,
-    /// Breaks each channel.
-    pub hang_ups: Vec<Arc<dyn HangUp>>,
-    /// The workers' threads.
-    pub workers: Vec<JoinHandle<()>>,
-    /// Workers that have not reported yet.
-    pub awaited: usize,
-    /// What each has sent and is not acknowledged.
+    /// Collects dirty bits.
+    pub harvester: Arc<Mutex<Harvester>>,
+    /// What each channel has sent and is not acknowledged.
     pub unacknowledged: Vec<Unacknowledged>,
-    /// What they have reported of a round.
-    pub pages: u64,
-    /// What they have reported of the table.
-    pub sum: u64,
+    /// What the workers have reported of their order.
+    pub tally: Tally,
+    /// The channels themselves, while no worker has them.
+    idle: Vec<SendingChannel>,
+    orders: Vec<Sender<Order>>,
+    hang_ups: Vec<Arc<dyn HangUp>>,
+    workers: Vec<JoinHandle<SendingChannel>>,
 }
 
-/// What it takes to open the data channels.
-pub struct Opening {
-    /// The machine that moves.
-    pub machine: Arc<dyn SourceMachine>,
-    /// Reaches the destination.
-    pub dial: Arc<dyn Dial>,
-    /// Cap and counters.
-    pub flow: Arc<Flow>,
-    /// To the coordinator.
-    pub events: Sender<Event>,
-    /// For the table.
-    pub hasher: PageHasher,
-    /// How many.
-    pub channels: u16,
-    /// What the user wants compressed.
-    pub compression: Compression,
-    /// What the channels show.
-    pub token: SessionToken,
-}
-
-impl Opening {
-    /// Opens every channel and starts its worker.
-    pub fn open(self) -> Result<Data, MachineError> {
-        let description = self.machine.describe()?;
-        let layout = Layout::new(&description.memory)
-            .map_err(|error| MachineError::with_source("the machine's description", error))?;
-        let memory = self.machine.memory();
-        let touched = MappedPages::new(&memory)
-            .map_err(|error| MachineError::with_source("cannot read this process's page map", error))?;
-        let layout = Arc::new(layout);
-        let shared = Arc::new(Shared {
-            machine: self.machine,
-            pages: SourcePages {
-                view: MemoryView::new(memory, Arc::clone(&layout))?,
-                pending: Pending::new(&layout),
-                table: PageTable::new(&layout),
-                hasher: self.hasher,
-                touched: Box::new(touched),
-                channels: self.channels.into(),
-            },
-            flow: self.flow,
-        });
-        let mut data = Data {
-            harvester: Some(Harvester::new(&layout)),
-            shared: Arc::clone(&shared),
-            orders: Vec::new(),
-            hang_ups: Vec::new(),
-            workers: Vec::new(),
-            awaited: 0,
-            unacknowledged: (0..self.channels).map(|_| Unacknowledged::default()).collect(),
-            pages: 0,
-            sum: 0,
-        };
-        for index in 0..self.channels {
-            let cannot = |error| MachineError::with_source(format!("cannot open data channel {index}"), error);
-            let channel = self.dial.data(self.token, index, CONNECT_LIMIT).map_err(cannot)?;
-            let sending = SendingChannel::new(index.into(), self.compression).map_err(cannot)?;
-            let worker = Worker::new(Arc::clone(&shared), index.into(), sending, channel.writer);
-            let (orders, queue) = mpsc::channel();
-            let events = self.events.clone();
-            let thread = thread::Builder::new()
-                .name(format!("data-{index}"))
-                .spawn(move || worker.run(&queue, &events))
-                .map_err(cannot)?;
-            data.orders.push(orders);
-            data.hang_ups.push(channel.hang_up);
-            data.workers.push(thread);
-        }
-        Ok(data)
-    }
+/// Opens all data channels, one after the other.
+pub fn dial_all(dial: &dyn Dial, token: SessionToken, channels: u16, limit: Duration) -> io::Result<Vec<Channel>> {
+    let open = |index| {
+        let cannot =
+            |error: io::Error| io::Error::new(error.kind(), format!("cannot open data channel {index}: {error}"));
+        dial.data(token, index, limit).map_err(cannot)
+    };
+    (0..channels).map(open).collect()
 }
 
 impl Data {
+    /// For a machine that is about to be sent.
+    pub fn new(
+        machine: Arc<dyn SourceMachine>,
+        flow: Arc<Flow>,
+        hasher: PageHasher,
+        channels: u16,
+        compression: Compression,
+    ) -> Result<Self, MachineError> {
+        let description = machine.describe()?;
+        let layout = Layout::new(&description.memory)
+            .map_err(|error| MachineError::with_source("the machine's description", error))?;
+        let memory = machine.memory();
+        let touched = MappedPages::new(&memory)
+            .map_err(|error| MachineError::with_source("cannot read this process's page map", error))?;
+        let layout = Arc::new(layout);
+        let pages = SourcePages {
+            view: MemoryView::new(memory, Arc::clone(&layout))?,
+            pending: Pending::new(&layout),
+            table: PageTable::new(&layout),
+            hasher,
+            touched: Box::new(touched),
+            channels: channels.into(),
+        };
+        let idle = (0..channels).map(|index| SendingChannel::new(index.into(), compression));
+        let idle = idle
+            .collect::<io::Result<_>>()
+            .map_err(|error| MachineError::with_source("pages cannot be compressed", error))?;
+        Ok(Self {
+            shared: Arc::new(Shared { machine, pages, flow }),
+            harvester: Arc::new(Mutex::new(Harvester::new(&layout))),
+            unacknowledged: (0..channels).map(|_| Unacknowledged::default()).collect(),
+            tally: Tally::default(),
+            idle,
+            orders: Vec::new(),
+            hang_ups: Vec::new(),
+            workers: Vec::new(),
+        })
+    }
+
+    /// Starts a worker for each channel. `links` tells its events from those of workers before it.
+    pub fn attach(&mut self, channels: Vec<Channel>, links: u32, events: &Sender<Event>) -> io::Result<()> {
+        for (index, (sending, channel)) in self.idle.drain(..).zip(channels).enumerate() {
+            let worker = Worker::new(Arc::clone(&self.shared), links, index, sending, channel.writer);
+            let (orders, queue) = mpsc::channel();
+            let events = events.clone();
+            let thread =
+                thread::Builder::new().name(format!("data-{index}")).spawn(move || worker.run(&queue, &events))?;
+            self.orders.push(orders);
+            self.hang_ups.push(channel.hang_up);
+            self.workers.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Gives an order to the first `workers` workers.
+    pub fn order(&mut self, order: Order, workers: usize) {
+        self.tally = Tally::of(self.orders.len().min(workers));
+        for orders in self.orders.iter().take(workers) {
+            // A worker that is gone has reported why.
+            let _ = orders.send(order);
+        }
+    }
+
+    /// Breaks every channel.
+    pub fn hang_up(&self) {
+        self.hang_ups.iter().for_each(|hang_up| hang_up.hang_up());
+    }
+
     /// Lets the workers end: there will be no more orders. They are to be joined.
-    pub fn dismiss(&mut self) -> Vec<JoinHandle<()>> {
+    pub fn dismiss(&mut self) -> Vec<JoinHandle<SendingChannel>> {
         self.orders.clear();
+        self.hang_ups.clear();
         std::mem::take(&mut self.workers)
     }
 
-    /// Collects what has been dirtied since.
-    pub fn harvest(&mut self) -> Result<(), MachineError> {
-        let Shared { machine, pages, .. } = &*self.shared;
-        if let Some(harvester) = &mut self.harvester {
-            harvester.harvest(pages.view.layout(), machine.dirty_log(), pages.view.memory(), &pages.pending)?;
+    /// The workers have ended; whatever they had told has been taken in.
+    pub fn break_off(&mut self, channels: Vec<SendingChannel>) -> BrokenOff {
+        // A break while channels are being opened again finds none with a worker.
+        if !channels.is_empty() {
+            self.idle = channels;
         }
-        Ok(())
+        break_off(&self.shared.pages, &mut self.idle, &mut self.unacknowledged)
     }
 
     /// Bytes written and not acknowledged.

@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::sending::Pace;
 use crate::pacer::Pacer;
 use crate::progress::PageCounts;
+use crate::sync::lock;
 
 /// Shared by the coordinator, the workers and whoever holds the migration's handle.
 pub struct Flow {
@@ -101,6 +102,11 @@ impl Flow {
         self.pacer_changed.notify_all();
     }
 
+    /// Ends [`Flow::stop`]: other workers are about to start.
+    pub fn go_on(&self) {
+        self.stopped.store(false, Ordering::Release);
+    }
+
     /// An error once [`Flow::stop`] was called.
     pub fn check_stopped(&self) -> io::Result<()> {
         match self.stopped.load(Ordering::Acquire) {
@@ -114,11 +120,11 @@ impl Flow {
         self.cut.store(true, Ordering::Release);
     }
 
-    /// Notes what a channel has written, and what of it its socket was given.
+    /// Notes what a channel has written, and how much its socket was given meanwhile.
     pub fn wrote(&self, channel: usize, bytes: u64, wire_bytes: u64) {
         let flow = &self.channels[channel];
         flow.written_bytes.fetch_add(bytes, Ordering::Relaxed);
-        flow.wire_bytes.store(wire_bytes, Ordering::Relaxed);
+        flow.wire_bytes.fetch_add(wire_bytes, Ordering::Relaxed);
     }
 
     /// Notes the pages a channel has encoded.
@@ -156,8 +162,4 @@ impl Flow {
     fn pacer(&self) -> MutexGuard<'_, Pacer> {
         lock(&self.pacer)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

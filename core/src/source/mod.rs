@@ -5,9 +5,11 @@ pub mod control;
 mod data;
 mod driver;
 mod flow;
+pub mod jobs;
 pub mod sending;
 mod settler;
 mod state;
+pub mod tally;
 mod unacknowledged;
 mod worker;
 
@@ -16,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use self::control::{Beginning, Input};
+pub use self::driver::SILENCE_LIMIT;
 use self::driver::{Driver, Event};
 use self::flow::Flow;
 pub use self::sending::{SendingChannel, SourcePages};
@@ -66,6 +69,8 @@ pub struct SourceOptions {
     pub pause_timeout: Duration,
     /// How long to wait for *running* after *commit*.
     pub handover_timeout: Duration,
+    /// How long a connection that breaks before the last state is loaded is made anew for; zero: a break ends the move.
+    pub reconnect_timeout: Duration,
     /// Time budget for the whole move before the pause.
     pub timeout: Option<Duration>,
     /// Rounds after the first pass before the move counts as stalled.
@@ -102,6 +107,7 @@ impl Default for SourceOptions {
             downtime_limit: Duration::from_millis(300),
             pause_timeout: Duration::from_secs(5),
             handover_timeout: Duration::from_secs(30),
+            reconnect_timeout: Duration::from_secs(60),
             timeout: None,
             max_rounds: 30,
             on_stall: OnStall::Abort,

@@ -2,17 +2,17 @@
 //!
 //! Whoever drives it gives an order ([`SendingChannel::begin`]) and polls until that is done: bytes that come out are
 //! written and said to be ([`SendingChannel::written`]); what a mark asks to be acknowledged is handed to an
-//! [`Unacknowledged`](super::Unacknowledged). It outlives its link: after a break, [`SendingChannel::reattach`] makes
-//! pending again what no mark has covered yet.
+//! [`Unacknowledged`]. Both outlive their link: after a break, [`break_off`] makes pending again what nobody knows to have
+//! arrived.
 
 use std::io;
 
 use super::Compression;
 use super::compressing::Compressing;
-use super::unacknowledged::{Batch, Sent};
+use super::unacknowledged::{Batch, Sent, Unacknowledged};
 use crate::chunk::MAX_PROBE_BYTES;
 use crate::encoder::{ChannelEncoder, Encoded, OUTPUT_BYTES};
-use crate::layout::{STRIPE_WORDS, Stripe, StripeBits, set_bits, take_first_bit};
+use crate::layout::{Layout, STRIPE_WORDS, Stripe, StripeBits, set_bits, take_first_bit};
 use crate::machine::{DirtyLog, MachineError};
 use crate::pending::Pending;
 use crate::progress::PageCounts;
@@ -121,6 +121,7 @@ pub struct SendingChannel {
     /// By how much this channel has made the table's sum grow.
     sum: u64,
     untouched: u64,
+    /// Pages of this round that had been sent before.
     again: u64,
 }
 
@@ -140,8 +141,49 @@ enum Work {
 
 #[derive(Debug, Clone, Copy)]
 enum Visit {
-    Round { first: bool, pages: u64, again: u64 },
+    Round { first: bool, pages: u64 },
     Final,
+}
+
+impl SourcePages {
+    /// Pages pending that have been sent before.
+    fn pending_again(&self) -> u64 {
+        let layout = self.view.layout();
+        let again = |index: usize| {
+            let first_slot = layout.stripe(index).first_slot;
+            let was_sent = |offset: &usize| self.table.entry(first_slot + offset).is_some();
+            set_bits(&self.pending.get(index)).filter(was_sent).count() as u64
+        };
+        (0..layout.stripes()).map(again).sum()
+    }
+}
+
+/// What a broken link leaves to be done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BrokenOff {
+    /// Pages that are pending again because nobody knows whether they have arrived.
+    pub unacknowledged_pages: u64,
+    /// Pages that were pending anyway, and had been sent before.
+    pub anyway_pages: u64,
+    /// Pages that the round that broke off had sent again.
+    pub again_pages: u64,
+}
+
+/// The links broke, and nothing is being sent any more: makes pending again whatever is not known to have been applied, and the
+/// channels ready for other links.
+pub fn break_off(
+    pages: &SourcePages,
+    channels: &mut [SendingChannel],
+    unacknowledged: &mut [Unacknowledged],
+) -> BrokenOff {
+    channels.iter_mut().for_each(|channel| channel.put_back(&pages.pending));
+    let mut broken = BrokenOff { anyway_pages: pages.pending_again(), ..BrokenOff::default() };
+    for (channel, unacknowledged) in channels.iter_mut().zip(unacknowledged) {
+        broken.again_pages += std::mem::take(&mut channel.again);
+        broken.unacknowledged_pages += unacknowledged.give_back(&pages.pending, channel.written_bytes);
+        broken.unacknowledged_pages += channel.reattach(&pages.pending);
+    }
+    broken
 }
 
 impl SendingChannel {
@@ -169,7 +211,8 @@ impl SendingChannel {
         self.work = match order {
             Order::Probe(bytes) => Work::Probe { chunks: bytes / MAX_PROBE_BYTES as u64 },
             Order::Round { first } => {
-                let visit = Visit::Round { first, pages: self.pages(), again: self.again };
+                self.again = 0;
+                let visit = Visit::Round { first, pages: self.pages() };
                 Work::Visit { next: self.index, visit }
             }
             Order::Final => Work::Visit { next: self.index, visit: Visit::Final },
@@ -247,12 +290,18 @@ impl SendingChannel {
         PageCounts { untouched: self.untouched, ..self.encoder.counts() }
     }
 
+    /// What was taken to be sent and has not been encoded is pending as before.
+    fn put_back(&mut self, pending: &Pending) {
+        if let Some((stripe, rest)) = self.current.take() {
+            pending.merge(Layout::stripe_of_slot(stripe.first_slot), &rest);
+        }
+    }
+
     /// Its link broke, and it is to go on over another. What was sent since the last mark is pending again. Returns how
     /// many pages that adds to those that were pending anyway.
-    pub fn reattach(&mut self, pending: &Pending) -> u64 {
+    fn reattach(&mut self, pending: &Pending) -> u64 {
         self.encoder.restart();
         self.work = Work::Idle;
-        self.current = None;
         self.flush = false;
         self.marked_bytes = self.written_bytes;
         self.open.drain(..).map(|Sent { stripe, bits }| pending.merge(stripe, &bits)).sum()
@@ -327,9 +376,9 @@ impl SendingChannel {
     fn end_visit(&mut self, visit: Visit) -> Option<Batch> {
         self.flush = true;
         match visit {
-            Visit::Round { pages, again, .. } => {
+            Visit::Round { pages, .. } => {
                 let batch = self.mark();
-                let report = Report::RoundSent { pages: self.pages() - pages, again: self.again - again };
+                let report = Report::RoundSent { pages: self.pages() - pages, again: self.again };
                 self.work = Work::Finish(report);
                 Some(batch)
             }

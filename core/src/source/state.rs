@@ -1,7 +1,7 @@
 //! What a migration's handle and its coordinator share.
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::SourceOutcome;
@@ -12,7 +12,8 @@ use super::worker;
 use crate::link::ControlLink;
 use crate::phase::Phase;
 use crate::policy;
-use crate::progress::Progress;
+use crate::progress::{Progress, Reconnecting};
+use crate::sync::lock;
 
 /// The rate shown is averaged over this long.
 const RATE_WINDOW: Duration = Duration::from_secs(1);
@@ -25,7 +26,8 @@ pub struct Shared {
     pub pause_timeout: Duration,
     /// To the coordinator.
     pub events: Mutex<Sender<Event>>,
-    link: OnceLock<ControlLink>,
+    /// The control link, and the bytes that went over those before it.
+    link: Mutex<(Option<ControlLink>, u64)>,
     data: OnceLock<Arc<worker::Shared>>,
     noted: Mutex<Noted>,
     outcome: Mutex<Option<Arc<SourceOutcome>>>,
@@ -41,6 +43,7 @@ struct Noted {
     finished: Option<Duration>,
     predicted_pause: Option<Duration>,
     downtime: Option<Duration>,
+    reconnecting: Option<Reconnecting>,
     switchover_bytes_per_s: f64,
     dirty_pages_per_s: f64,
     wire_bytes_per_page: f64,
@@ -56,7 +59,7 @@ impl Shared {
             flow,
             pause_timeout,
             events: Mutex::new(events),
-            link: OnceLock::new(),
+            link: Mutex::default(),
             data: OnceLock::new(),
             noted: Mutex::new(Noted { downtime_limit, wire_bytes_per_page: 4096.0, ..Noted::default() }),
             outcome: Mutex::new(None),
@@ -71,12 +74,15 @@ impl Shared {
 
     /// The control link, once open.
     pub fn link(&self) -> Option<ControlLink> {
-        self.link.get().cloned()
+        lock(&self.link).0.clone()
     }
 
     /// Notes the control link.
     pub fn set_link(&self, link: ControlLink) {
-        let _ = self.link.set(link);
+        let mut now = lock(&self.link);
+        if let Some(before) = now.0.replace(link) {
+            now.1 += before.wire_bytes();
+        }
     }
 
     /// Notes what the workers share.
@@ -86,7 +92,8 @@ impl Shared {
 
     /// Both directions, all channels.
     pub fn wire_bytes(&self) -> u64 {
-        self.flow.wire_bytes() + self.link.get().map_or(0, ControlLink::wire_bytes)
+        let link = lock(&self.link);
+        self.flow.wire_bytes() + link.1 + link.0.as_ref().map_or(0, ControlLink::wire_bytes)
     }
 
     /// Notes a new downtime limit.
@@ -102,6 +109,7 @@ impl Shared {
         noted.round = control.round();
         noted.predicted_pause = control.predicted_pause();
         noted.downtime = control.downtime();
+        noted.reconnecting = control.reconnecting();
         noted.switchover_bytes_per_s = control.switchover_bytes_per_s();
         if control.phase() >= Phase::FirstPass {
             noted.setup.get_or_insert(now);
@@ -156,6 +164,7 @@ impl Shared {
             predicted_pause_ms: noted.predicted_pause.map(milliseconds),
             downtime_ms: noted.downtime.map(milliseconds),
             time_left_ms: time_left.filter(|_| moving).map(milliseconds),
+            reconnecting: noted.reconnecting.clone(),
             max_bandwidth_bytes_per_s: self.flow.bytes_per_s(),
             downtime_limit_ms: milliseconds(noted.downtime_limit),
             pages: self.flow.pages(),
@@ -192,8 +201,4 @@ impl Shared {
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

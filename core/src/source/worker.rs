@@ -29,21 +29,27 @@ pub enum Told {
     Done(Report),
     /// The channel broke; why.
     Broken(String),
+    /// The channel holds, and what was to be sent cannot be; why.
+    Failed(String),
 }
 
 /// One data channel's sending thread.
 pub struct Worker {
     shared: Arc<Shared>,
+    /// Which links of the move's it belongs to.
+    links: u32,
     index: usize,
     channel: SendingChannel,
     writer: Box<dyn ChannelWriter>,
     /// Bytes that were charged, or sent before there was anything to charge.
     charged_bytes: u64,
+    /// Bytes on the wire that the counters have.
+    noted_bytes: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum WorkerError {
-    #[error("data channel: {0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]
     Send(#[from] SendError),
@@ -53,23 +59,35 @@ enum WorkerError {
 
 impl Worker {
     /// A worker that writes what data channel `index` sends.
-    pub fn new(shared: Arc<Shared>, index: usize, channel: SendingChannel, writer: Box<dyn ChannelWriter>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        links: u32,
+        index: usize,
+        channel: SendingChannel,
+        writer: Box<dyn ChannelWriter>,
+    ) -> Self {
         let charged_bytes = writer.bytes_on_wire();
-        Self { shared, index, channel, writer, charged_bytes }
+        Self { shared, links, index, channel, writer, charged_bytes, noted_bytes: 0 }
     }
 
-    /// Carries out orders until there are none, or the channel breaks.
-    pub fn run(mut self, orders: &Receiver<Order>, events: &Sender<Event>) {
+    /// Carries out orders until there are none, or the channel breaks, and gives back what outlives it.
+    pub fn run(mut self, orders: &Receiver<Order>, events: &Sender<Event>) -> SendingChannel {
         while let Ok(order) = orders.recv() {
             let told = match self.carry_out(order, events) {
                 Ok(report) => Told::Done(report),
-                Err(error) => Told::Broken(error.to_string()),
+                Err(WorkerError::Io(error)) => Told::Broken(format!("data channel {}: {error}", self.index)),
+                Err(error) => Told::Failed(error.to_string()),
             };
-            let over = matches!(told, Told::Done(Report::Ended(_)) | Told::Broken(_));
-            if events.send(Event::Worker(self.index, told)).is_err() || over {
-                return;
+            let over = !matches!(told, Told::Done(Report::Probing | Report::RoundSent { .. }));
+            if events.send(self.event(told)).is_err() || over {
+                break;
             }
         }
+        self.channel
+    }
+
+    fn event(&self, told: Told) -> Event {
+        Event::Worker { links: self.links, index: self.index, told }
     }
 
     fn carry_out(&mut self, order: Order, events: &Sender<Event>) -> Result<Report, WorkerError> {
@@ -88,7 +106,8 @@ impl Worker {
                     self.writer.write_all(bytes)?;
                     self.channel.written();
                     let wire_bytes = self.writer.bytes_on_wire();
-                    flow.wrote(self.index, length, wire_bytes);
+                    flow.wrote(self.index, length, wire_bytes - self.noted_bytes);
+                    self.noted_bytes = wire_bytes;
                     // A transport with packets of its own sends more than it was given, and not at once: what it has sent
                     // beyond all that was charged is charged now.
                     let charged = self.charged_bytes + length;
@@ -99,7 +118,7 @@ impl Worker {
                     flow.encoded(self.index, self.channel.counts());
                 }
                 Polled::Marked(batch) => {
-                    let told = Event::Worker(self.index, Told::Marked(batch));
+                    let told = Event::Worker { links: self.links, index: self.index, told: Told::Marked(batch) };
                     events.send(told).map_err(|_| WorkerError::Alone)?;
                 }
                 Polled::Done(report) => {

@@ -82,6 +82,10 @@ impl Dial for QuicDial {
         Ok(self.open(&Preamble::Control, limit)?)
     }
 
+    fn control_again(&self, token: SessionToken, limit: Duration) -> io::Result<Channel> {
+        Ok(self.open(&Preamble::ControlAgain { token }, limit)?)
+    }
+
     fn data(&self, token: SessionToken, index: u16, limit: Duration) -> io::Result<Channel> {
         Ok(self.open(&Preamble::Data { token, index }, limit)?)
     }

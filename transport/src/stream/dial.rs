@@ -66,6 +66,10 @@ impl Dial for TcpDial {
         self.open(&Preamble::Control, limit)
     }
 
+    fn control_again(&self, token: SessionToken, limit: Duration) -> io::Result<Channel> {
+        self.open(&Preamble::ControlAgain { token }, limit)
+    }
+
     fn data(&self, token: SessionToken, index: u16, limit: Duration) -> io::Result<Channel> {
         self.open(&Preamble::Data { token, index }, limit)
     }
@@ -110,6 +114,10 @@ impl UnixDial {
 impl Dial for UnixDial {
     fn control(&self, limit: Duration) -> io::Result<Channel> {
         self.open(&Preamble::Control, limit)
+    }
+
+    fn control_again(&self, token: SessionToken, limit: Duration) -> io::Result<Channel> {
+        self.open(&Preamble::ControlAgain { token }, limit)
     }
 
     fn data(&self, token: SessionToken, index: u16, limit: Duration) -> io::Result<Channel> {

@@ -118,7 +118,12 @@ fn any_input() -> impl Strategy<Value = Input> {
     prop_oneof![
         (0usize..15).prop_map(|index| healthy().swap_remove(index)),
         Just(Input::LinkLost("cut".into())),
-        Just(Input::ChannelFailed("bad".into())),
+        Just(Input::Nonsense("bad".into())),
+        Just(Input::ChannelLost("cut".into())),
+        Just(Input::Returned { token: SessionToken([3; 16]) }),
+        Just(Input::NotReturned),
+        Just(Input::Stop),
+        Just(Input::Message(Message::Keep(Duration::from_secs(5)))),
         Just(Input::Message(Message::Abort("no".into()))),
         Just(Input::Message(Message::Running(Vec::new()))),
         Just(Input::Built(Err("no".into()))),
@@ -147,6 +152,90 @@ proptest! {
     }
 }
 
+/// The first of a healthy move, as far as the last page of the first pass; what arrives is to be kept.
+fn receiving() -> DestinationControl {
+    let mut control = DestinationControl::new(DestinationOptions::default(), SessionToken([0; 16]), "peer".into());
+    let mut inputs = healthy();
+    inputs.insert(4, Input::Message(Message::Keep(Duration::from_secs(5))));
+    for input in inputs.into_iter().take(9) {
+        told(&mut control, input);
+    }
+    control
+}
+
+/// What it does on an input.
+fn told(control: &mut DestinationControl, input: Input) -> Vec<Action> {
+    control.handle(input);
+    std::iter::from_fn(|| control.poll_action()).collect()
+}
+
+#[test]
+fn what_has_arrived_is_kept_until_the_source_is_back() {
+    let token = SessionToken([9; 16]);
+    let lost: [fn() -> Input; 2] = [|| Input::LinkLost("cut".into()), || Input::ChannelLost("cut".into())];
+    for lost in lost {
+        let mut control = receiving();
+        // Of the broken attempt, and to be forgotten.
+        told(&mut control, Input::ChannelEnded { sum: 7 });
+        told(&mut control, Input::Message(Message::Table(TableSum { sum: 7 })));
+        let actions = told(&mut control, lost());
+        assert!(
+            matches!(actions[..], [Action::Say(_), Action::Detach, Action::AwaitReturn(limit)] if limit.as_secs() == 5),
+            "{actions:?}"
+        );
+        assert!(told(&mut control, Input::LinkLost("late".into())).is_empty());
+        let actions = told(&mut control, Input::Returned { token });
+        let [
+            Action::Attach,
+            Action::Say(_),
+            Action::Send(Message::Attached(shown)),
+            Action::OpenData { channels: 2, token: expected },
+        ] = &actions[..]
+        else {
+            panic!("{actions:?}")
+        };
+        assert_eq!((*shown, *expected), (token, token));
+        for input in healthy().into_iter().skip(6).take(5) {
+            told(&mut control, input);
+        }
+        let actions = told(&mut control, Input::Message(Message::Table(TableSum { sum: 42 })));
+        assert!(matches!(actions[..], [Action::Load(..)]), "{actions:?}");
+    }
+}
+
+#[test]
+fn a_source_that_is_back_before_the_break_was_noticed_is_taken_up() {
+    let mut control = receiving();
+    let actions = told(&mut control, Input::Returned { token: SessionToken([9; 16]) });
+    assert!(matches!(actions[..2], [Action::Detach, Action::Attach]), "{actions:?}");
+}
+
+#[test]
+fn nothing_is_kept_for_a_source_that_does_not_come_back_or_never_asked() {
+    let mut control = receiving();
+    told(&mut control, Input::LinkLost("cut".into()));
+    assert!(matches!(told(&mut control, Input::NotReturned)[..], [Action::GiveUp(_)]));
+    let gave_up = run(
+        DestinationOptions::default(),
+        healthy().into_iter().take(8).chain([Input::LinkLost("cut".into())]).collect(),
+    );
+    assert!(gave_up.gave_up.is_some_and(|why| why.contains("cut")));
+    let options = DestinationOptions { keep_limit: Duration::ZERO, ..DestinationOptions::default() };
+    let mut inputs: Vec<_> = healthy().into_iter().take(8).collect();
+    inputs.insert(4, Input::Message(Message::Keep(Duration::from_secs(5))));
+    inputs.push(Input::LinkLost("cut".into()));
+    assert!(run(options, inputs).gave_up.is_some());
+}
+
+#[test]
+fn a_source_that_is_back_after_its_state_was_loaded_ends_it() {
+    let mut inputs: Vec<_> = healthy().into_iter().take(13).collect();
+    inputs.insert(4, Input::Message(Message::Keep(Duration::from_secs(5))));
+    inputs.push(Input::Returned { token: SessionToken([9; 16]) });
+    let run = run(DestinationOptions::default(), inputs);
+    assert!(run.ready && run.gave_up.is_some() && !run.started, "{run:?}");
+}
+
 mod with_claims {
     //! The same where the machine has claims: *commit* only says that it may be claimed.
 
@@ -161,12 +250,6 @@ mod with_claims {
     fn claimant(host: &str) -> Claimant {
         let name = |text: &str| text.parse().unwrap();
         Claimant { machine: name("m"), host: name(host), boot_id: name("b"), instance: name("i") }
-    }
-
-    /// What it does on each input.
-    fn told(control: &mut DestinationControl, input: Input) -> Vec<Action> {
-        control.handle(input);
-        std::iter::from_fn(|| control.poll_action()).collect()
     }
 
     fn ready(claims: bool) -> DestinationControl {

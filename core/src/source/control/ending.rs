@@ -106,7 +106,8 @@ impl SourceControl {
             self.act(Action::Send(Message::Abort(reason)));
         }
         self.act(Action::HangUp);
-        self.act(Action::Restore { resume: self.running && self.phase.guest_paused() });
+        self.reconnecting = None;
+        self.act(Action::Restore { resume: self.running && self.guest_stopped });
         self.ending = Some(ending);
     }
 

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::channel::SessionToken;
 use crate::machine::{RegionDescription, Verdict};
-use crate::message::{Applied, Prepared, Version};
+use crate::message::{Applied, Hello, Prepared, VERSION, Version};
+use crate::source::sending::BrokenOff;
 
 fn machine() -> MachineDescription {
     MachineDescription {
@@ -57,6 +58,9 @@ fn healthy(action: &Action, dirty: u64) -> Option<Input> {
         Action::Send(Message::Table(_)) => message(Message::Ready(Vec::new())),
         Action::Send(Message::Commit(_)) => message(Message::Running(Vec::new())),
         Action::Restore { .. } => done(Done::Restored(Ok(()))),
+        Action::BreakOff { .. } => done(Done::BrokenOff(BrokenOff::default())),
+        Action::Reconnect { .. } => done(Done::Connected),
+        Action::ReopenData { .. } => done(Done::Reattached { dirtied_pages: 3 }),
         Action::Audit => done(Done::Audited("ok: 1 pages".into())),
         _ => None,
     }
@@ -67,6 +71,7 @@ fn healthy(action: &Action, dirty: u64) -> Option<Input> {
 struct Run {
     actions: Vec<String>,
     committed: bool,
+    /// The guest was asked to stop, and not to go on.
     stopped: bool,
     resumed: bool,
     restored: bool,
@@ -88,11 +93,18 @@ fn run(
         while let Some(action) = control.poll_action() {
             let answer = meddle(run.actions.len(), &action, healthy(&action, 10));
             run.actions.push(format!("{action:?}"));
+            let is_reconnect = matches!(action, Action::Reconnect { .. });
             match action {
                 Action::StopGuest => run.stopped = true,
                 Action::Restore { resume } => {
                     run.restored = true;
                     run.resumed |= resume;
+                    run.stopped &= !resume;
+                }
+                Action::BreakOff { resume } => {
+                    assert!(!run.committed, "invariant 1: after commit the source never resumes");
+                    run.resumed |= resume;
+                    run.stopped &= !resume;
                 }
                 Action::Send(Message::Commit(_)) => run.committed = true,
                 Action::Finish(outcome) => {
@@ -102,7 +114,11 @@ fn run(
                 }
                 _ => {}
             }
+            let back = is_reconnect && matches!(answer, Some(Input::Done(Done::Connected)));
             answers.extend(answer);
+            if back {
+                answers.push(Input::Message(Message::Attached(SessionToken([1; 16]))));
+            }
         }
         if answers.is_empty() {
             // The driver's own limits stand behind connecting and the machine's actions, which cannot go missing.
@@ -133,7 +149,7 @@ fn check(run: &Run, running: bool) {
             "invariant 2: before commit whatever ends the move restores the guest: {:?}",
             run.actions
         );
-        assert_eq!(run.resumed, running && run.stopped, "{:?}", run.actions);
+        assert!(!(running && run.stopped), "invariant 2: the guest runs on: {:?}", run.actions);
         assert!(!matches!(run.outcome, Some(SourceOutcome::Moved(_))));
     }
 }
@@ -157,7 +173,7 @@ fn another_major_version_is_refused_with_both_versions_named() {
         _ => answer,
     });
     let Some(SourceOutcome::Refused(refusals)) = &run.outcome else { panic!("{:?}", run.outcome) };
-    assert!(refusals[0].reason.contains("2.9") && refusals[0].reason.contains("1.0"), "{refusals:?}");
+    assert!(refusals[0].reason.contains("2.9") && refusals[0].reason.contains("end 1.1"), "{refusals:?}");
 }
 
 #[test]
@@ -236,6 +252,8 @@ proptest! {
         prop_assert!(run.outcome.is_some() || waits_for_driver, "hangs after {:?}", run.actions.last());
     }
 }
+
+mod broken_links;
 
 mod with_claims {
     //! The same where the machine has claims: after *commit* they say whose it is.
@@ -325,7 +343,8 @@ mod with_claims {
     fn before_commit_the_epoch_stays() {
         let directory = tempfile::tempdir().unwrap();
         let holding = holding(directory.path());
-        let options = SourceOptions { ownership: Some(Arc::clone(&holding)), ..options() };
+        let ownership = Some(Arc::clone(&holding));
+        let options = SourceOptions { ownership, reconnect_timeout: Duration::ZERO, ..options() };
         let run = run(control(options, true), Duration::from_micros(10), |_, action, healthy| match action {
             Action::StopGuest => {
                 holding.begin_handover();

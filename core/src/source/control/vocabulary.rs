@@ -9,14 +9,22 @@ use crate::ownership::Settlement;
 use crate::phase::Phase;
 use crate::progress::RoundReport;
 use crate::source::SourceOutcome;
+use crate::source::sending::BrokenOff;
 
 /// What the driver tells.
 #[derive(Debug)]
 pub enum Input {
     /// The peer sent a message.
     Message(Message),
-    /// The control link broke; why.
+    /// The control link or a data channel broke; why.
     LinkLost(String),
+    /// [`Action::Reconnect`] or [`Action::ReopenData`] has come to nothing.
+    Unreachable {
+        /// Why.
+        why: String,
+        /// Whoever held the session is there no more.
+        gone: bool,
+    },
     /// An action has been carried out.
     Done(Done),
     /// An action failed; what and why.
@@ -53,6 +61,13 @@ pub enum Done {
     DataOpened {
         /// Whether a cap is in force.
         capped: bool,
+    },
+    /// What was open is closed, and what is not known to have arrived is pending again.
+    BrokenOff(BrokenOff),
+    /// All data channels are open again, and what has been dirtied since is pending.
+    Reattached {
+        /// How many pages that adds to those that were pending.
+        dirtied_pages: u64,
     },
     /// A probe was acknowledged.
     Probed {
@@ -94,6 +109,8 @@ pub struct RoundSent {
     pub duration: Duration,
     /// Pages sent or noted as zero.
     pub pages: u64,
+    /// Of those, pages that had been sent before.
+    pub again: u64,
     /// Bytes given to sockets.
     pub wire_bytes: u64,
     /// Pages dirty now.
@@ -138,6 +155,22 @@ pub enum Action {
         token: SessionToken,
         /// Seed of the page hashes.
         table_seed: u64,
+    },
+    /// The links broke: close what is left of them, end the workers, let the guest run on if told so, and make pending again what
+    /// is not known to have arrived.
+    BreakOff {
+        /// Let it run.
+        resume: bool,
+    },
+    /// Open the control channel again.
+    Reconnect {
+        /// What it shows.
+        token: SessionToken,
+    },
+    /// Open the data channels again, then collect what has been dirtied.
+    ReopenData {
+        /// What they show.
+        token: SessionToken,
     },
     /// Send so many bytes that mean nothing, and a mark.
     Probe(u64),

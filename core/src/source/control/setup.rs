@@ -1,0 +1,132 @@
+//! From *connect* to the first page: versions and clocks, preflight, the rehearsal, a first look at the link.
+
+use std::time::Duration;
+
+use super::ending::Ending;
+use super::{Action, Done, SourceControl};
+use crate::machine::Refusal;
+use crate::message::{FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION};
+use crate::phase::Phase;
+
+/// Clock samples: the one with the shortest round trip counts (as in NTP, RFC 5905 section 10).
+const CLOCK_SAMPLES: u32 = 5;
+/// The link is first probed with little, so that a slow one is not kept busy for long …
+const FIRST_PROBE_BYTES: u64 = 1 << 20;
+/// … and again with more if it was quick.
+const SECOND_PROBE_BYTES: u64 = 4 << 20;
+const QUICK_PROBE: Duration = Duration::from_millis(10);
+/// What copying and hashing leave of a fast link, until a round has measured it: what one core of a small machine
+/// does (docs/performance.md).
+const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
+
+impl SourceControl {
+    /// Something has been done before the first page was sent.
+    pub(super) fn set_up(&mut self, done: Done) {
+        match (self.phase, done) {
+            (Phase::Connect, Done::Connected) => {
+                self.link_up = true;
+                self.enter(Phase::Handshake);
+                let (program, host) = (self.program.clone(), self.host.clone());
+                self.act(Action::Send(Message::Hello(Hello {
+                    version: VERSION,
+                    features: FEATURE_RETURN,
+                    program,
+                    host,
+                })));
+            }
+            (Phase::Preflight, Done::Described(machine, question)) => {
+                let request = PreflightRequest {
+                    machine: machine.clone(),
+                    question,
+                    claims: self.options.ownership.as_deref().map(|holding| SharedClaims {
+                        directory: holding.directory().display().to_string(),
+                        claim: holding.claim().to_string(),
+                    }),
+                    channels: self.options.channels,
+                    dry_run: self.options.dry_run,
+                };
+                self.machine = Some(machine);
+                self.act(Action::Send(Message::Preflight(request)));
+            }
+            (Phase::Preflight, Done::Judged(refusals)) => match refusals.is_empty() {
+                true if self.options.dry_run => self.end(Ending::WouldMove),
+                true => {
+                    self.enter(Phase::Prepare);
+                    if self.returns {
+                        self.act(Action::Send(Message::Keep(self.options.reconnect_timeout)));
+                    }
+                    self.act(Action::Rehearse);
+                }
+                false => self.end(Ending::Refused(refusals)),
+            },
+            (Phase::Prepare, Done::Rehearsed { sections, pause }) => {
+                self.cost.pause = pause;
+                self.act(Action::Send(Message::Prepare(PrepareRequest {
+                    table_seed: self.table_seed,
+                    verify: self.options.verify,
+                    clock_offset_ns: self.clock.offset_ns,
+                    rehearsal: sections,
+                })));
+            }
+            // Without a cap the rounds themselves measure the link.
+            (Phase::Prepare, Done::DataOpened { capped }) => match self.options.switchover_bandwidth_bytes_per_s {
+                None if capped => self.act(Action::Probe(FIRST_PROBE_BYTES)),
+                _ => self.act(Action::StartLog),
+            },
+            (Phase::Prepare, Done::Probed { bytes, duration }) => {
+                if duration < QUICK_PROBE && bytes < SECOND_PROBE_BYTES {
+                    return self.act(Action::Probe(SECOND_PROBE_BYTES));
+                }
+                let rate = bytes as f64 / duration.as_secs_f64().max(1e-6);
+                self.switchover_bytes_per_s = rate.min(DATA_PATH_BYTES_PER_S);
+                self.act(Action::Say(format!("the link takes {:.0} MB/s", rate / 1e6)));
+                self.act(Action::StartLog);
+            }
+            (Phase::Prepare, Done::LogStarted) => {
+                self.enter(Phase::FirstPass);
+                self.begin_round();
+            }
+            (phase, done) => tracing::debug!("late in phase {phase}: {done:?}"),
+        }
+    }
+
+    pub(super) fn hello(&mut self, hello: Hello) {
+        if hello.version.major != VERSION.major {
+            let why = format!(
+                "{} ({}) speaks protocol {}.{}, this end {}.{}: the same version of Godwit is needed on both ends",
+                hello.host, hello.program, hello.version.major, hello.version.minor, VERSION.major, VERSION.minor
+            );
+            return self.end(Ending::Refused(vec![Refusal::new("protocol", why)]));
+        }
+        self.peer_host = hello.host;
+        self.returns = hello.features & FEATURE_RETURN != 0 && !self.options.reconnect_timeout.is_zero();
+        self.ask_clock();
+    }
+
+    pub(super) fn ask_clock(&mut self) {
+        self.clock.asked += 1;
+        self.clock.asked_at = self.now;
+        self.act(Action::Send(Message::ClockRequest(self.clock.asked)));
+    }
+
+    /// Called by the driver as it sends a clock request: the time on this host's CLOCK_REALTIME.
+    pub fn clock_asked(&mut self, now: Duration, realtime_ns: i64) {
+        self.clock.asked_at = now;
+        self.clock.asked_realtime_ns = realtime_ns;
+    }
+
+    pub(super) fn clock_reply(&mut self, realtime_ns: i64) {
+        let round_trip = self.now.saturating_sub(self.clock.asked_at);
+        if self.clock.best_round_trip.is_none_or(|best| round_trip < best) {
+            self.clock.best_round_trip = Some(round_trip);
+            let middle = self.clock.asked_realtime_ns.saturating_add(round_trip.as_nanos() as i64 / 2);
+            self.clock.offset_ns = realtime_ns.saturating_sub(middle);
+            self.cost.round_trip = round_trip;
+        }
+        if self.clock.asked < CLOCK_SAMPLES {
+            return self.ask_clock();
+        }
+        self.enter(Phase::Preflight);
+        self.act(Action::Describe);
+    }
+}

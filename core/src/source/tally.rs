@@ -1,0 +1,54 @@
+//! Adds up what the channels report of one order.
+
+use super::sending::Report;
+
+/// What has been reported, and by how many not yet.
+#[derive(Debug, Default)]
+pub struct Tally {
+    awaited: usize,
+    pages: u64,
+    again: u64,
+    sum: u64,
+}
+
+/// What all have reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tallied {
+    /// A round has been sent.
+    Round {
+        /// Pages in it.
+        pages: u64,
+        /// Of those, pages that had been sent before.
+        again: u64,
+    },
+    /// All channels have ended.
+    Ended {
+        /// The sum of the page table.
+        sum: u64,
+    },
+}
+
+impl Tally {
+    /// An order has been given to so many channels.
+    pub fn of(channels: usize) -> Self {
+        Self { awaited: channels, ..Self::default() }
+    }
+
+    /// A channel has carried it out. Some: it was the last one.
+    pub fn note(&mut self, report: Report) -> Option<Tallied> {
+        self.awaited = self.awaited.saturating_sub(1);
+        let tallied = match report {
+            Report::Probing => return None,
+            Report::RoundSent { pages, again } => {
+                self.pages += pages;
+                self.again += again;
+                Tallied::Round { pages: self.pages, again: self.again }
+            }
+            Report::Ended(sum) => {
+                self.sum = self.sum.wrapping_add(sum);
+                Tallied::Ended { sum: self.sum }
+            }
+        };
+        (self.awaited == 0).then_some(tallied)
+    }
+}

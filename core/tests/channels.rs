@@ -1,0 +1,294 @@
+//! Both sides of the data channels against each other, without threads: whatever the guest writes meanwhile and wherever the links
+//! break, what arrives is what was there when the guest stopped.
+
+// Helpers outside of #[test] functions may unwrap too: a test is where that belongs.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use godwit_core::decoder::Wants;
+use godwit_core::destination::receiving::Received;
+use godwit_core::destination::{DestinationPages, ReceivingChannel};
+use godwit_core::layout::{Layout, Stripe, StripeBits};
+use godwit_core::machine::RegionDescription;
+use godwit_core::pending::{Harvester, Pending, forget_vmm_writes};
+use godwit_core::source::sending::{BrokenOff, Order, Pace, Polled, Report, break_off};
+use godwit_core::source::{Compression, SendingChannel, SourcePages, Unacknowledged};
+use godwit_core::table::{PageHasher, PageTable};
+use godwit_core::touched::TouchedPages;
+use godwit_core::view::MemoryView;
+use godwit_core::{DirtyLog, GuestMemory, MachineError, PAGE_SIZE, audit};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Two stripes and a half, and one more beyond a gap.
+const REGIONS: [(u64, usize); 2] = [(0, 5 << 20), (1 << 30, 2 << 20)];
+const CHANNELS: usize = 2;
+
+/// One bit for every page that the guest has written since it was cleared.
+#[derive(Default)]
+struct Log(Mutex<BTreeSet<(usize, u64)>>);
+
+impl DirtyLog for Log {
+    fn start(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn stop(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+    fn harvest(&self, region: usize, words: &mut [u64]) -> Result<(), MachineError> {
+        for &(of, page) in self.0.lock().unwrap().iter() {
+            if of == region {
+                words[page as usize / 64] |= 1 << (page % 64);
+            }
+        }
+        Ok(())
+    }
+    fn clear(&self, region: usize, first_page: u64, words: &[u64]) -> Result<(), MachineError> {
+        let cleared = |page: u64| {
+            let bit = page.wrapping_sub(first_page);
+            words.get(bit as usize / 64).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+        };
+        self.0.lock().unwrap().retain(|&(of, page)| of != region || page < first_page || !cleared(page));
+        Ok(())
+    }
+}
+
+/// Pages that the guest has ever written.
+#[derive(Clone, Default)]
+struct Touched(Arc<Mutex<BTreeSet<u64>>>);
+
+impl TouchedPages for Touched {
+    fn of(&self, stripe: &Stripe) -> StripeBits {
+        let mut bits = StripeBits::default();
+        for frame in self.0.lock().unwrap().range(stripe.first_frame..stripe.first_frame + stripe.pages as u64) {
+            let offset = (frame - stripe.first_frame) as usize;
+            bits[offset / 64] |= 1 << (offset % 64);
+        }
+        bits
+    }
+}
+
+/// Where the links break: after so many bytes of a channel have arrived, and how many of the marks were acknowledged.
+#[derive(Debug, Clone)]
+struct Cut {
+    arrive: [usize; CHANNELS],
+    /// Written by the source beyond that.
+    in_flight: usize,
+    acknowledged: usize,
+}
+
+struct Scene {
+    source: SourcePages,
+    memory: GuestMemory,
+    log: Log,
+    touched: Touched,
+    harvester: Harvester,
+    sending: Vec<SendingChannel>,
+    unacknowledged: Vec<Unacknowledged>,
+    destination: DestinationPages,
+    receiving: Vec<ReceivingChannel>,
+}
+
+impl Scene {
+    fn new(compression: Compression) -> Self {
+        let regions = REGIONS.map(|(guest_address, size)| RegionDescription { guest_address, size_bytes: size as u64 });
+        let layout = Arc::new(Layout::new(&regions).unwrap());
+        let memory =
+            || GuestMemory::from_ranges(&REGIONS.map(|(address, size)| (GuestAddress(address), size))).unwrap();
+        let (here, touched, hasher) = (memory(), Touched::default(), PageHasher::new(7, true));
+        let source = SourcePages {
+            view: MemoryView::new(here.clone(), Arc::clone(&layout)).unwrap(),
+            pending: Pending::new(&layout),
+            table: PageTable::new(&layout),
+            hasher,
+            touched: Box::new(touched.clone()),
+            channels: CHANNELS,
+        };
+        source.pending.fill(&layout);
+        let destination = DestinationPages {
+            view: MemoryView::new(memory(), Arc::clone(&layout)).unwrap(),
+            table: PageTable::new(&layout),
+            hasher,
+        };
+        Self {
+            harvester: Harvester::new(&layout),
+            memory: here,
+            log: Log::default(),
+            touched,
+            sending: (0..CHANNELS).map(|index| SendingChannel::new(index, compression).unwrap()).collect(),
+            unacknowledged: (0..CHANNELS).map(|_| Unacknowledged::default()).collect(),
+            receiving: (0..CHANNELS)
+                .map(|index| ReceivingChannel::new(&destination, index, CHANNELS).unwrap())
+                .collect(),
+            source,
+            destination,
+        }
+    }
+
+    /// The guest writes a page: zeros, one byte, or noise.
+    fn write(&self, page: usize, value: u64) {
+        let first = REGIONS[0].1 / PAGE_SIZE;
+        let (region, page) = if page < first { (0, page) } else { (1, page - first) };
+        let address = REGIONS[region].0 + (page * PAGE_SIZE) as u64;
+        let contents: Vec<u8> = match value % 4 {
+            0 => vec![0; PAGE_SIZE],
+            1 => vec![value as u8; PAGE_SIZE],
+            _ => (0..PAGE_SIZE as u64).map(|at| (value.wrapping_mul(at * at + 1) >> 24) as u8).collect(),
+        };
+        self.memory.write_slice(&contents, GuestAddress(address)).unwrap();
+        // The guest's own writes are in its log, not in the VMM's bitmap.
+        forget_vmm_writes(&self.memory);
+        self.log.0.lock().unwrap().insert((region, page as u64));
+        self.touched.0.lock().unwrap().insert(address / PAGE_SIZE as u64);
+    }
+
+    fn harvest(&mut self) -> u64 {
+        self.harvester.harvest(self.source.view.layout(), &self.log, &self.memory, &self.source.pending).unwrap()
+    }
+
+    /// Carries an order out, or breaks off. What the channels report, unless they broke off.
+    fn run(&mut self, order: Order, cut: Option<&Cut>) -> Result<Vec<Report>, BrokenOff> {
+        let pace = Pace { quantum_bytes: 20_000, bytes_per_s: None, cut: false };
+        let mut reports = Vec::new();
+        for index in 0..CHANNELS {
+            let limit = cut.map_or(usize::MAX, |cut| cut.arrive[index] + cut.in_flight);
+            let mut wire = Vec::new();
+            let channel = &mut self.sending[index];
+            channel.begin(order);
+            while wire.len() < limit {
+                match channel.poll(&self.source, &self.log, pace).unwrap() {
+                    Polled::Bytes(bytes) => {
+                        wire.extend_from_slice(bytes);
+                        channel.written();
+                    }
+                    Polled::Marked(batch) => self.unacknowledged[index].sent(batch).unwrap(),
+                    Polled::Done(report) => {
+                        reports.push(report);
+                        break;
+                    }
+                    Polled::Idle => unreachable!("an order was given"),
+                }
+            }
+            let arrived = cut.map_or(wire.len(), |cut| cut.arrive[index].min(wire.len()));
+            let marks = self.receive(index, &wire[..arrived]);
+            for mark in marks.into_iter().take(cut.map_or(usize::MAX, |cut| cut.acknowledged)) {
+                self.unacknowledged[index].applied(mark).unwrap();
+            }
+        }
+        if cut.is_none() {
+            return Ok(reports);
+        }
+        self.receiving.iter_mut().for_each(|channel| channel.reattach(&self.destination));
+        Err(break_off(&self.source, &mut self.sending, &mut self.unacknowledged))
+    }
+
+    /// Brings the destination what has arrived, also if that is half a page, and gives the marks in it.
+    fn receive(&mut self, index: usize, mut wire: &[u8]) -> Vec<u64> {
+        let (channel, pages) = (&mut self.receiving[index], &self.destination);
+        let mut marks = Vec::new();
+        loop {
+            let received = match channel.wants() {
+                Wants::Bytes(count) => {
+                    let Some((now, later)) = wire.split_at_checked(count) else { return marks };
+                    wire = later;
+                    channel.handle_bytes(pages, now).unwrap()
+                }
+                Wants::Pages { slot, pages: count } => {
+                    let place = pages.view.pages(slot, count);
+                    let now = wire.len().min(place.len());
+                    place.copy_from(&wire[..now]);
+                    if now < place.len() {
+                        return marks;
+                    }
+                    wire = &wire[now..];
+                    channel.handle_pages(pages).unwrap()
+                }
+                Wants::Nothing => return marks,
+            };
+            if let Received::Mark(mark) = received {
+                marks.push(mark);
+            }
+        }
+    }
+
+    fn ended(&mut self) -> (u64, u64) {
+        let sent = self.run(Order::Final, None).unwrap().into_iter().fold(0u64, |sum, report| match report {
+            Report::Ended(share) => sum.wrapping_add(share),
+            other => panic!("{other:?}"),
+        });
+        (sent, self.receiving.iter().fold(0, |sum, channel| sum.wrapping_add(channel.sum())))
+    }
+
+    fn differing(&self) -> Vec<u64> {
+        let layout = self.source.view.layout();
+        let (mut here, mut there) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+        let mut differing = Vec::new();
+        for stripe in (0..layout.stripes()).map(|index| layout.stripe(index)) {
+            for offset in 0..stripe.pages {
+                self.source.view.copy_page(&stripe, offset, &mut here);
+                self.destination.view.copy_page(&stripe, offset, &mut there);
+                if here != there {
+                    differing.push(stripe.first_frame + offset as u64);
+                }
+            }
+        }
+        differing
+    }
+}
+
+fn writes() -> impl Strategy<Value = Vec<(usize, u64)>> {
+    prop::collection::vec((0usize..7 * 256, any::<u64>()), 0..300)
+}
+
+fn cut() -> impl Strategy<Value = Cut> {
+    let arrive = prop::array::uniform2(prop_oneof![0usize..200, 0usize..600_000]);
+    (arrive, 0usize..100_000, 0usize..3).prop_map(|(arrive, in_flight, acknowledged)| Cut {
+        arrive,
+        in_flight,
+        acknowledged,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn invariant_4_whatever_breaks_what_arrives_is_what_was_last_sent(
+        rounds in prop::collection::vec((writes(), prop::option::of(cut())), 1..6),
+        in_the_pause in prop::option::of(cut()), last in writes(), zstd: bool,
+    ) {
+        let mut scene = Scene::new(if zstd { Compression::Zstd(1) } else { Compression::None });
+        for (index, (writes, cut)) in rounds.iter().enumerate() {
+            writes.iter().for_each(|&(page, value)| scene.write(page, value));
+            let _ = scene.run(Order::Round { first: index == 0 }, cut.as_ref());
+            scene.harvest();
+        }
+        if let Some(cut) = &in_the_pause {
+            let _ = scene.run(Order::Final, Some(cut));
+        }
+        last.iter().for_each(|&(page, value)| scene.write(page, value));
+        scene.harvest();
+        let (sent, applied) = scene.ended();
+        prop_assert_eq!(scene.differing(), Vec::<u64>::new());
+        prop_assert_eq!(sent, applied);
+        let audit = audit::memory_against_table(&scene.source);
+        prop_assert!(audit.starts_with("ok: "), "{}", audit);
+    }
+
+    #[test]
+    fn no_more_is_sent_again_than_was_unacknowledged_or_written_since(first in writes(), since in writes(), cut in cut()) {
+        let mut scene = Scene::new(Compression::None);
+        first.iter().for_each(|&(page, value)| scene.write(page, value));
+        scene.harvest();
+        let broken = scene.run(Order::Round { first: true }, Some(&cut)).unwrap_err();
+        since.iter().for_each(|&(page, value)| scene.write(page, value));
+        let dirtied = scene.harvest();
+        let again: u64 = scene.run(Order::Round { first: true }, None).unwrap().iter().map(|report| match report {
+            Report::RoundSent { again, .. } => *again,
+            other => panic!("{other:?}"),
+        }).sum();
+        prop_assert!(again - broken.anyway_pages <= broken.unacknowledged_pages + dirtied);
+    }
+}
