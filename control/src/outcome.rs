@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use godwit_core::progress::{PageCounts, Report, RoundReport, Step};
+use godwit_core::progress::{PageCounts, Reconnection, Report, RoundReport, Step};
 use godwit_core::source::SourceOutcome;
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +67,10 @@ pub struct Outcome {
     pub handover: Option<HandoverCost>,
     /// Every round, the first pass included.
     pub round_reports: Vec<RoundReport>,
+    /// Every break of the connection.
+    pub reconnections: Vec<Reconnection>,
+    /// Sent again because of them, in bytes of guest pages.
+    pub resent_bytes: u64,
     /// What the audit said.
     pub audit: Option<String>,
 }
@@ -151,6 +155,8 @@ impl Outcome {
             handover: HandoverCost::of(&steps).filter(|_| kind == OutcomeKind::Moved),
             steps,
             round_reports: report.rounds.clone(),
+            reconnections: report.reconnections.clone(),
+            resent_bytes: report.resent_bytes,
             audit: report.audit.clone(),
         }
     }

@@ -44,6 +44,13 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
         "pages",
         format!("{} raw, {} compressed, {} zero, {} never touched", pages.raw, pages.zstd, pages.zero, pages.untouched),
     );
+    if !outcome.reconnections.is_empty() {
+        let (breaks, away) =
+            (outcome.reconnections.len(), outcome.reconnections.iter().filter_map(|cut| cut.outage_ms));
+        let times = if breaks == 1 { "once".to_owned() } else { format!("{breaks} times") };
+        let again = approximate_bytes(outcome.resent_bytes as f64);
+        row("connection", format!("broke {times}, away for {}, {again} sent again", approximate_ms(away.sum())));
+    }
     if let Some(audit) = &outcome.audit {
         row("audit", audit.clone());
     }

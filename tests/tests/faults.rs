@@ -1,9 +1,10 @@
 //! What happens when a move is called off, its receiver dies, or its link breaks: in every phase, which are taken from
 //! the engine's own list, so that a new one is tested as soon as it exists.
 //!
-//! Up to *commit* the guest runs on at the source, whole, and a second try to another receiver succeeds. From *commit*
-//! on the source never resumes by itself.
+//! Up to *commit* the guest runs on at the source, whole, and a second try to another receiver succeeds. A link that breaks while
+//! memory is being sent is made anew, unless that takes too long. From *commit* on the source never resumes by itself.
 
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -35,6 +36,13 @@ const WORKLOAD: Workload = Workload {
 /// So slow, as far as the engine can know, that there must be rounds after the first pass.
 const OPTIONS: [&str; 4] = ["--max-bandwidth", "2Gbit", "--switchover-bandwidth", "500Mbit"];
 
+/// What a slow link carries in rounds that shrink.
+const CALM: Workload = Workload { working_set: "8M", rate: "500", ..WORKLOAD };
+/// A first pass of some seconds.
+const CAPPED: [&str; 2] = ["--max-bandwidth", "150Mbit"];
+/// Longer than a silence is taken for slowness.
+const NOTICED: Duration = Duration::from_secs(12);
+
 fn main() {
     let mut tests = Vec::new();
     for &phase in Phase::all().iter().filter(|phase| phase.before_commit()) {
@@ -53,6 +61,20 @@ fn main() {
         harness::test("an_interrupt_of_the_client_cancels", &[Need::Kvm], an_interrupt_of_the_client_cancels),
         harness::test("a_receiver_outlives_its_sender", &[Need::Kvm], a_receiver_outlives_its_sender),
         harness::test("link_lost_and_found_in_rounds", &[Need::Kvm, Need::Root], link_lost_and_found_in_rounds),
+        harness::test("link_cut_for_5_seconds", &[Need::Kvm, Need::Root], |scene| {
+            Cut::new(scene, "tcp", &[])?.survives(&[Duration::from_secs(5)], 0)
+        }),
+        harness::test("link_cut_until_it_is_noticed", &[Need::Kvm, Need::Root], |scene| {
+            Cut::new(scene, "tcp", &["--channels", "2"])?.survives(&[NOTICED], 1)
+        }),
+        harness::test("link_cut_until_it_is_noticed_quic", &[Need::Kvm, Need::Root], |scene| {
+            Cut::new(scene, "quic", &[])?.survives(&[NOTICED], 1)
+        }),
+        harness::test("link_cut_twice", &[Need::Kvm, Need::Root], |scene| {
+            Cut::new(scene, "tcp", &[])?.survives(&[NOTICED, NOTICED], 2)
+        }),
+        harness::test("link_cut_in_the_pause", &[Need::Kvm, Need::Root], link_cut_in_the_pause),
+        harness::test("cancelled_while_reconnecting", &[Need::Kvm, Need::Root], cancelled_while_reconnecting),
     ]);
     harness::main(tests)
 }
@@ -125,17 +147,29 @@ fn receiver_killed(scene: &Scene, phase: Phase) -> Result<()> {
     let mut command = set.hold_at(phase, &[])?;
     set.first.process.kill()?;
     set.release()?;
-    Ended::wait(&mut command, LIMIT)?.ensure_code(4)?;
+    let ended = Ended::wait(&mut command, LIMIT)?.ensure_code(4)?;
+    if memory_is_sent(phase) {
+        ensure!(ended.stdout.contains("is gone"), "it has not failed at once: {ended}");
+    }
     set.ensure_second_try_succeeds()
 }
 
+/// From the first page until state is loaded: a link that breaks is made anew.
+fn memory_is_sent(phase: Phase) -> bool {
+    (Phase::FirstPass..=Phase::State).contains(&phase)
+}
+
+/// The link stays cut for longer than it is waited for.
 fn link_cut(scene: &Scene, phase: Phase) -> Result<()> {
     let hosts = Hosts::new(3)?;
     let set = Try::on(scene, &hosts)?;
-    let mut command = set.hold_at(phase, &[])?;
+    let mut command = set.hold_at(phase, &["--reconnect-timeout", "3s"])?;
     hosts.take_down(0, 1)?;
     set.release()?;
-    Ended::wait(&mut command, LIMIT)?.ensure_code(4)?;
+    let ended = Ended::wait(&mut command, LIMIT)?.ensure_code(4)?;
+    if memory_is_sent(phase) {
+        ensure!(ended.stdout.contains("--reconnect-timeout"), "{ended}");
+    }
     set.ensure_second_try_succeeds()
 }
 
@@ -209,7 +243,7 @@ fn an_interrupt_of_the_client_cancels(scene: &Scene) -> Result<()> {
 /// The guest dies with its sender; the receiver drops the half it has and takes the next machine in.
 fn a_receiver_outlives_its_sender(scene: &Scene) -> Result<()> {
     let mut set = Try::here(scene)?;
-    let _command = set.hold_at(Phase::Rounds, &[])?;
+    let _command = set.hold_at(Phase::Rounds, &["--reconnect-timeout", "2s"])?;
     set.source.process.kill()?;
     wait::until_true("the receiver listens again", LIMIT, || {
         Ok(set.first.process.stderr().contains("listening again"))
@@ -229,4 +263,93 @@ fn link_lost_and_found_in_rounds(scene: &Scene) -> Result<()> {
     set.source.ensure_guest_runs(WORKLOAD.vcpus)?;
     hosts.mend(0, 1)?;
     Ended::wait(&mut command, LIMIT)?.ensure_moved(&set.first, &WORKLOAD).map(drop)
+}
+
+/// A move over a link that is cut and mended.
+struct Cut {
+    hosts: Hosts,
+    source: Node,
+    destination: Node,
+    options: Vec<&'static str>,
+}
+
+impl Cut {
+    fn new(scene: &Scene, scheme: &str, more: &[&'static str]) -> Result<Self> {
+        let hosts = Hosts::new(2)?;
+        let listen = format!("{scheme}://{}:0", hosts.address(1, 0));
+        Ok(Self {
+            source: Node::sender(scene, "source", Some(hosts.host(0)), &CALM, &[])?,
+            destination: Node::receiver(scene, "destination", Some(hosts.host(1)), &listen, &["--insecure"])?,
+            options: [&CAPPED, more].concat(),
+            hosts,
+        })
+    }
+
+    fn start(&self, more: &[&str]) -> Result<Process> {
+        self.source.start_move(&self.destination.uri()?, &[&self.options[..], more].concat())
+    }
+
+    /// Cut in the first pass, and again once it has recovered, for so long each time: the move completes, and has sent again no more
+    /// than it had to.
+    fn survives(&self, cuts: &[Duration], breaks: usize) -> Result<()> {
+        let mut command = self.start(&[])?;
+        self.source.wait_for_phase("first-pass", LIMIT)?;
+        for cut in cuts {
+            thread::sleep(Duration::from_secs(1));
+            self.hosts.cut(0, 1)?;
+            thread::sleep(*cut);
+            self.source.ensure_guest_runs(CALM.vcpus)?;
+            self.hosts.mend(0, 1)?;
+            wait::until_true("connected again", LIMIT, || {
+                Ok(self.source.migration()?["progress"]["reconnecting"].is_null())
+            })?;
+        }
+        let outcome = Ended::wait(&mut command, LIMIT)?.ensure_moved(&self.destination, &CALM)?;
+        ensure_sent_again_little(&outcome)?;
+        let broke = outcome["reconnections"].as_array().map_or(0, Vec::len);
+        ensure!(broke >= breaks, "{broke} breaks where {breaks} were made: {outcome}");
+        Ok(())
+    }
+}
+
+/// At most what was not acknowledged when the link broke, what the guest wrote meanwhile, and 10 % of their sum.
+fn ensure_sent_again_little(outcome: &serde_json::Value) -> Result<()> {
+    let sum = |field: &str| {
+        let each = outcome["reconnections"].as_array().into_iter().flatten();
+        each.map(|reconnection| reconnection[field].as_f64().unwrap_or(f64::NAN)).sum::<f64>()
+    };
+    let again = outcome["resent_bytes"].as_f64().unwrap_or(f64::NAN);
+    let allowed = 1.1 * (sum("unacknowledged_bytes") + sum("dirtied_bytes"));
+    ensure!(again <= allowed, "{again} bytes were sent again, {allowed} would do: {outcome}");
+    Ok(())
+}
+
+/// The guest has stopped and its last pages are on their way: it goes on at the source at once, and moves later.
+fn link_cut_in_the_pause(scene: &Scene) -> Result<()> {
+    let cut = Cut::new(scene, "tcp", &[])?;
+    let mut command = cut.start(&["--test-hold-at", "final-pages"])?;
+    cut.source.wait_for_phase("final-pages", LIMIT)?;
+    cut.hosts.cut(0, 1)?;
+    thread::sleep(NOTICED);
+    cut.source.ensure_guest_stands(CALM.vcpus)?;
+    cut.source.command(&["release"], &[], LIMIT)?.ensure_code(0)?;
+    cut.source.ensure_guest_runs(CALM.vcpus)?;
+    cut.hosts.mend(0, 1)?;
+    let outcome = Ended::wait(&mut command, LIMIT)?.ensure_moved(&cut.destination, &CALM)?;
+    let broken = &outcome["reconnections"][0];
+    ensure!(broken["phase"] == "final-pages" && broken["paused_ms"].is_f64(), "{outcome}");
+    ensure_sent_again_little(&outcome)
+}
+
+fn cancelled_while_reconnecting(scene: &Scene) -> Result<()> {
+    let cut = Cut::new(scene, "tcp", &[])?;
+    let mut command = cut.start(&[])?;
+    cut.source.wait_for_phase("first-pass", LIMIT)?;
+    cut.hosts.take_down(0, 1)?;
+    wait::until_true("it is reconnecting", LIMIT, || {
+        Ok(cut.source.migration()?["progress"]["reconnecting"]["attempts"].as_u64() > Some(1))
+    })?;
+    cut.source.command(&["cancel"], &[], LIMIT)?.ensure_code(0)?;
+    Ended::wait(&mut command, LIMIT)?.ensure_code(5)?;
+    cut.source.ensure_guest_unharmed(&CALM)
 }
