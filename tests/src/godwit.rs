@@ -178,7 +178,8 @@ impl Node {
     /// Waits until the guest has filled its memory and every vCPU works.
     fn wait_for_guest(&mut self, vcpus: usize) -> Result<()> {
         let what = format!("{}: the guest works", self.name);
-        let memory = self.memory()?;
+        // The control socket answers a moment before the machine is there.
+        let memory = wait::until(&what, START_LIMIT, || Ok(self.memory().ok()))?;
         let mut status = [0; 4];
         self.process.wait_while_running(&what, START_LIMIT, |_| {
             memory.read(layout::HEADER + field::STATUS, &mut status)?;

@@ -44,7 +44,9 @@ pub(crate) fn an_image_that_hangs_in_preflight(_: &Scene) -> Result<()> {
             let away = if end == End::Source { &shared.here } else { &shared.there };
             away.set(Mode::Unreachable)?;
             let ended = source.move_to(&destination.uri()?, &[], LIMIT)?;
-            ended.ensure_code(3)?.ensure_says(&["did not answer within", "the guest is still here, running"])?;
+            // The source's own waits can add up to the limit of the whole phase, which then ends the move.
+            ensure!([3, 4].contains(&ended.code), "{ended}");
+            ended.ensure_says(&["did not answer", "the guest is still here, running"])?;
             ensure_can_be_moved(&shared, source, &destination)
         };
         play().with_context(|| format!("{end:?}\n{}", scene.logs()))?;
