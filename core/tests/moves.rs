@@ -3,6 +3,8 @@
 // Helpers outside of #[test] functions may unwrap too: a test is where that belongs.
 #![allow(clippy::unwrap_used)]
 
+#[path = "moves/broken_links.rs"]
+mod broken_links;
 #[path = "moves/preflight.rs"]
 mod preflight;
 #[path = "../examples/toy_vmm.rs"]
@@ -17,7 +19,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive, refuse};
-use godwit_core::progress::{Event, Observer, Silent};
+use godwit_core::progress::{Event, Observer, Reconnection, Silent};
 use godwit_core::source::{CancelError, Compression, OnStall, SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{
     DestinationHost, DestinationMachine, DirtyLog, GuestMemory, MachineDescription, MachineError, Phase, Refusal,
@@ -249,6 +251,7 @@ fn invariant_2_a_broken_link_in_every_phase_before_commit_leaves_the_guest_at_th
             hold_at: Some(phase),
             pause_before_switchover: wait,
             switchover_bandwidth_bytes_per_s: stop_late(phase),
+            reconnect_timeout: Duration::ZERO,
             ..options()
         };
         let migration = start(&machine, &destination, held);
