@@ -49,7 +49,7 @@ enum State {
     /// The guest may run here.
     Held(RightToRun),
     /// It is being handed over; with which nonce it would be claimed back.
-    Handing(SourceHandover, Nonce),
+    Handing(Box<SourceHandover>, Nonce),
     /// It has moved.
     Moved,
     /// It was claimed anew, from where it had moved to.
@@ -126,7 +126,7 @@ impl Holding {
             State::Held(right) => {
                 let nonces = Nonces { theirs: Nonce::random(), ours: Nonce::random() };
                 let handover = SourceHandover::new(right, self.me.clone(), nonces, Rules::default());
-                State::Handing(handover, nonces.ours)
+                State::Handing(Box::new(handover), nonces.ours)
             }
             other => other,
         };
