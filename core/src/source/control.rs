@@ -36,6 +36,10 @@ use crate::message::{Message, TableSum, TimedStep};
 use crate::phase::Phase;
 use crate::progress::{self, Report, Step};
 
+/// A peer that says nothing for this long is taken for lost: pings come every second.
+const SILENCE_LIMIT: Duration = Duration::from_secs(8);
+/// The same while the guest is paused and could go on here: it does not wait longer than it has to.
+const SILENCE_LIMIT_PAUSED: Duration = Duration::from_secs(3);
 /// How long the destination may take to answer *hello* and each clock request.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How long it may take to judge the machine.
@@ -199,6 +203,14 @@ impl SourceControl {
     /// The compression asked for.
     pub fn compression(&self) -> Compression {
         self.options.compression
+    }
+
+    /// A peer from which nothing was heard for so long is lost: [`Input::LinkLost`].
+    pub fn silence_limit(&self) -> Duration {
+        match self.phase {
+            Phase::Pause | Phase::FinalPages | Phase::State => SILENCE_LIMIT_PAUSED,
+            _ => SILENCE_LIMIT,
+        }
     }
 
     /// Whether it has ended, or is about to.

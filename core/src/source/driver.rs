@@ -29,8 +29,6 @@ use crate::message::{Applied, Message};
 use crate::ownership::Holding;
 use crate::progress::{Event as Told, Observer};
 
-/// A peer that says nothing for this long is taken for lost: pings come every second.
-pub const SILENCE_LIMIT: Duration = Duration::from_secs(8);
 /// How often silence and deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
 

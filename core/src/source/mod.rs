@@ -18,7 +18,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use self::control::{Beginning, Input};
-pub use self::driver::SILENCE_LIMIT;
 use self::driver::{Driver, Event};
 use self::flow::Flow;
 pub use self::sending::{SendingChannel, SourcePages};

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::data::{CONNECT_LIMIT, dial_all};
-use super::{Data, Done, Driver, Event, Input, SILENCE_LIMIT, jobs};
+use super::{Data, Done, Driver, Event, Input, jobs};
 use crate::channel::{Channel, SessionToken};
 use crate::link::ControlLink;
 use crate::machine::MachineError;
@@ -124,11 +124,11 @@ impl Driver {
     }
 
     pub(super) fn listen_for_silence(&mut self) {
-        let silence = self.handle.link().map(|link| link.silence());
-        if !self.silence_told && !self.link_lost && silence.is_some_and(|silence| silence > SILENCE_LIMIT) {
+        let (silence, limit) = (self.handle.link().map(|link| link.silence()), self.control.silence_limit());
+        if !self.silence_told && !self.link_lost && silence.is_some_and(|silence| silence > limit) {
             self.silence_told = true;
             self.link_lost = true;
-            self.input(Input::LinkLost(format!("nothing was heard from it for {SILENCE_LIMIT:?}")));
+            self.input(Input::LinkLost(format!("nothing was heard from it for {limit:?}")));
         }
     }
 
