@@ -101,7 +101,7 @@ impl Display {
             let struck: Vec<String> = result.struck.iter().map(|(kind, _)| kind.to_string()).collect();
             println!(
                 "{}",
-                json!({ "episode": plan.episode, "from": from, "plan": plan.to_string(), "outcome": outcome, "struck": struck, "seconds": took })
+                json!({ "episode": plan.episode, "from": from, "plan": plan.to_string(), "outcome": outcome, "struck": struck, "said": result.said, "seconds": took })
             );
         } else {
             self.say(&format!("{:>4}  from {from:<5}  {outcome:<12} {took:>5.1} s  {plan}", plan.episode));

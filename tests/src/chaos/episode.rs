@@ -21,8 +21,14 @@ use crate::process::Process;
 use crate::wait;
 
 /// `--handover-timeout`: so soon whoever is entitled has to run.
-const HANDOVER_TIMEOUT: &str = "5s";
-const HANDOVER_LIMIT: Duration = Duration::from_secs(5);
+const HANDOVER_TIMEOUT: &str = "4s";
+const HANDOVER_LIMIT: Duration = Duration::from_secs(4);
+
+/// `--pause-timeout`: before *commit*, this is what ends the wait for a destination that is dead and cannot say so.
+const PAUSE_TIMEOUT: &str = "3s";
+
+/// `--reconnect-timeout`: longer than most cuts, and short of making a run long.
+const RECONNECT_TIMEOUT: &str = "3s";
 
 /// What seeing that may take on a busy machine.
 const SEEING_LIMIT: Duration = Duration::from_secs(1);
@@ -74,23 +80,35 @@ pub fn play(world: &mut World<'_>, plan: &Plan, interrupted: &AtomicBool) -> Res
     let healed_ns = struck.iter().map(|struck| struck.healed_ns).max().unwrap_or_else(monotonic_ns);
 
     let mut case = Case { world, struck, healed_ns, times_listening, violations: Vec::new() };
-    if !events.wait_for_end(MOVE_LIMIT) {
-        case.accuse(Crime::Contradiction, format!("the move has not ended {MOVE_LIMIT:?} after everything was healed"));
-    }
+    case.await_end(&events)?;
     let story = events.story();
     drop(events);
     let left = case.settle(&story)?;
     case.judge(left, &story, &mut command)?;
     let Case { struck, violations, .. } = case;
-    let result =
-        tally::Result { outcome: outcome(left, &story), struck: in_handover(world, &struck, &story), violations };
-    go_on(world, plan, left)?;
+    let result = tally::Result {
+        outcome: outcome(left, &story),
+        struck: in_handover(world, &struck, &story),
+        said: said(&story),
+        violations,
+    };
+    if result.violations.is_empty() {
+        go_on(world, plan, left)?;
+    } else {
+        // What is wrong once would be wrong in every further move.
+        person::start_over(world)?;
+    }
     Ok(result)
 }
 
 fn options(plan: &Plan) -> Vec<String> {
-    let pairs =
-        [("--handover-timeout", HANDOVER_TIMEOUT), ("--max-bandwidth", plan.cap), ("--channels", plan.channels)];
+    let pairs = [
+        ("--handover-timeout", HANDOVER_TIMEOUT),
+        ("--pause-timeout", PAUSE_TIMEOUT),
+        ("--reconnect-timeout", RECONNECT_TIMEOUT),
+        ("--max-bandwidth", plan.cap),
+        ("--channels", plan.channels),
+    ];
     let mut options: Vec<String> = pairs.iter().flat_map(|(name, value)| [*name, *value]).map(str::to_owned).collect();
     if let Some(hold) = plan.hold {
         options.extend(["--test-hold-at".to_owned(), hold.phase.to_string()]);
@@ -120,6 +138,15 @@ fn in_handover(world: &World<'_>, struck: &[Struck], story: &Story) -> Vec<(Kind
     struck.iter().map(|struck| (struck.fault.kind, within(struck.at_ns))).collect()
 }
 
+/// What the source said of the end, with its reasons.
+fn said(story: &Story) -> String {
+    match (story.outcome(), story.reasons()) {
+        (None, _) => "nothing".into(),
+        (Some(outcome), reasons) if reasons.is_empty() => outcome.into(),
+        (Some(outcome), reasons) => format!("{outcome}: {reasons}"),
+    }
+}
+
 fn outcome(left: Left, story: &Story) -> Outcome {
     match left {
         Left::OwnerDead => Outcome::OwnerKilled,
@@ -140,10 +167,45 @@ struct Case<'a, 'b> {
 }
 
 impl Case<'_, '_> {
+    /// Waits for the end of the move, and sees whether the guest stands for too long meanwhile.
+    fn await_end(&mut self, events: &Events) -> Result<()> {
+        let left_ns = self.deadline_ns().saturating_sub(monotonic_ns());
+        if events.wait_for_end(Duration::from_nanos(left_ns)) {
+            return Ok(());
+        }
+        let ids = [Some(self.world.owner.id), self.world.peer.as_ref().map(|peer| peer.id)];
+        let ran = ids.into_iter().flatten().any(|id| self.world.watch.runs_since(id, self.healed_ns));
+        if !ran && !self.entitled_was_killed()? {
+            let text = format!("nobody has run the guest for {HANDOVER_LIMIT:?} after everything was healed");
+            self.accuse(Crime::NoneRunning, text);
+        }
+        if !events.wait_for_end(MOVE_LIMIT) {
+            self.accuse(Crime::Contradiction, format!("the move has not ended {MOVE_LIMIT:?} after that"));
+        }
+        Ok(())
+    }
+
+    /// Whoever has the newest claim is dead.
+    fn entitled_was_killed(&self) -> Result<bool> {
+        let newest = claims::newest(&self.world.stores.claims())?;
+        let owner_has_it = newest.host == HOSTS[self.world.owner.host];
+        Ok(if owner_has_it {
+            self.world.owner.killed
+        } else {
+            self.world.peer.as_ref().is_some_and(|peer| peer.killed)
+        })
+    }
+
+    /// Until then somebody has to run the guest.
+    fn deadline_ns(&self) -> u64 {
+        self.healed_ns + (HANDOVER_LIMIT + SEEING_LIMIT).as_nanos() as u64
+    }
+
     /// Waits until somebody runs the guest, or nobody can, or ought to but does not.
     fn settle(&mut self, story: &Story) -> Result<Left> {
         let begin_ns = monotonic_ns();
-        let deadline_ns = self.healed_ns + (HANDOVER_LIMIT + SEEING_LIMIT).as_nanos() as u64;
+        // Whoever runs is seen to, also if the move itself has taken long.
+        let deadline_ns = self.deadline_ns().max(begin_ns + SEEING_LIMIT.as_nanos() as u64);
         let left = wait::until("it is known who has the machine", 2 * MOVE_LIMIT, || {
             if self.world.watch.runs_since(self.world.owner.id, begin_ns) {
                 return Ok(Some(Left::AtSource));
@@ -159,7 +221,7 @@ impl Case<'_, '_> {
             let owner_lives = self.world.owner.node.process.is_running()?;
             let (entitled_lives, other_gave_up) = match newest.host == HOSTS[self.world.owner.host] {
                 true => (owner_lives, peer_gave_up),
-                false => (peer_lives, !owner_lives || story.is_over()),
+                false => (peer_lives, !owner_lives || story.outcome() == Some("unknown")),
             };
             Ok(match entitled_lives {
                 true => late.then_some(Left::Standing),
@@ -230,6 +292,13 @@ impl Case<'_, '_> {
         };
         if !right {
             wrong.push(format!("the source said {}, and the guest was {left:?}", told.unwrap_or("nothing")));
+        }
+        if self.struck.is_empty() && told != Some("moved") {
+            wrong.push(format!(
+                "no fault had struck, and the source said {}: {}",
+                told.unwrap_or("nothing"),
+                story.reasons()
+            ));
         }
         let code = Ended::wait(command, END_LIMIT).ok().map(|ended| ended.code);
         let meant = told.and_then(|told| {

@@ -119,6 +119,12 @@ impl Story {
         self.outcome.as_ref()?.0["outcome"].as_str()
     }
 
+    /// Why the move did not succeed.
+    pub fn reasons(&self) -> String {
+        let reasons = self.outcome.as_ref().and_then(|(outcome, _)| outcome["reasons"].as_array());
+        reasons.into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join("; ")
+    }
+
     /// What the audit said.
     pub fn audit(&self) -> Option<&str> {
         self.outcome.as_ref()?.0["audit"].as_str()

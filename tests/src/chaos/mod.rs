@@ -92,7 +92,7 @@ pub fn run(options: &Options, interrupted: &AtomicBool, mut show: impl FnMut(Pla
             Err(error) => {
                 person::start_over(&mut world).with_context(|| format!("after {error:#}"))?;
                 let violations = vec![Violation { crime: Crime::Contradiction, text: format!("{error:#}") }];
-                tally::Result { outcome: Outcome::Person, struck: Vec::new(), violations }
+                tally::Result { outcome: Outcome::Person, struck: Vec::new(), said: String::new(), violations }
             }
         };
         if interrupted.load(Ordering::Relaxed) {

@@ -50,6 +50,8 @@ pub struct Plan {
     pub faults: Vec<Fault>,
     /// Afterwards somebody tries to start the machine a second time, which has to be refused.
     pub second_start: bool,
+    /// If the destination dies before anybody saw it run the guest, a person lets it run on at the source.
+    pub force: bool,
     /// If its owner dies, a person starts the machine at the other host.
     pub restart_elsewhere: bool,
 }
@@ -112,6 +114,7 @@ impl Plan {
             faults,
             second_start: dice.chance(12),
             restart_elsewhere: dice.chance(40),
+            force: dice.chance(50),
         }
     }
 }
@@ -120,13 +123,14 @@ impl Fault {
     fn new(dice: &mut Dice, hold: Option<Hold>) -> Self {
         let kind = dice.weighted(&WEIGHTS);
         let millis = Duration::from_millis;
-        // Mostly over soon; now and then longer than any limit that the move has.
-        let lasts = match dice.below(100) {
-            0..70 => dice.between(millis(10), millis(400)),
-            70..97 => dice.between(millis(400), millis(1500)),
-            _ => dice.between(millis(4000), millis(7000)),
+        let moment = Moment::new(dice, hold);
+        // Mostly over soon. What outlasts the wait for *running* is what leaves the two ends without a word of each other.
+        let lasts = match (dice.below(100), moment.is_at_commit(hold)) {
+            (0..12, true) | (0..2, false) => dice.between(millis(4500), millis(6000)),
+            (12..75, _) => dice.between(millis(10), millis(400)),
+            _ => dice.between(millis(400), millis(1500)),
         };
-        Self { kind, moment: Moment::new(dice, hold), lasts, variant: dice.number() }
+        Self { kind, moment, lasts, variant: dice.number() }
     }
 }
 
@@ -139,6 +143,17 @@ impl Moment {
             Some(hold) if dice.chance(60) => Moment::In(hold.phase, dice.between(Duration::ZERO, hold.lasts)),
             Some(_) => Moment::Released(dice.between(Duration::ZERO, Duration::from_millis(4))),
             None => Moment::In(dice.one_of(&HANDOVER), dice.between(Duration::ZERO, Duration::from_millis(2))),
+        }
+    }
+}
+
+impl Moment {
+    /// Whether it is one at which ownership passes.
+    fn is_at_commit(self, hold: Option<Hold>) -> bool {
+        match self {
+            Moment::After(_) => false,
+            Moment::In(phase, _) => phase == Phase::Commit,
+            Moment::Released(_) => hold.is_some_and(|hold| hold.phase == Phase::Commit),
         }
     }
 }

@@ -53,6 +53,8 @@ pub struct Result {
     pub outcome: Outcome,
     /// The faults that struck, and whether each struck between the pause and *running*.
     pub struck: Vec<(Kind, bool)>,
+    /// What the source said of the end.
+    pub said: String,
     /// What must not have happened.
     pub violations: Vec<Violation>,
 }
@@ -139,10 +141,15 @@ mod tests {
     fn everything_is_counted_under_the_names_that_are_fixed() {
         let mut tally = Tally::default();
         let struck = vec![(Kind::LinkDown, true), (Kind::Cancel, false)];
-        tally.add(&Result { outcome: Outcome::Moved, struck, violations: Vec::new() });
+        tally.add(&Result { outcome: Outcome::Moved, struck, said: String::new(), violations: Vec::new() });
         assert!(tally.is_clean());
         let violations = vec![Violation { crime: Crime::TwoRunning, text: "two".into() }];
-        tally.add(&Result { outcome: Outcome::OwnerKilled, struck: vec![(Kind::LinkDown, true)], violations });
+        tally.add(&Result {
+            outcome: Outcome::OwnerKilled,
+            struck: vec![(Kind::LinkDown, true)],
+            said: String::new(),
+            violations,
+        });
         assert!(!tally.is_clean());
         let expected = json!({
             "moves": 2, "faults": 3, "faults_in_handover": 2, "kinds": { "cancel": 1, "link-down": 2 },
