@@ -88,14 +88,12 @@ pub enum Action {
     OpenData {
         /// How many.
         channels: u16,
-        /// What they show.
-        token: SessionToken,
     },
-    /// Close what is left of the links and end the workers; keep what has arrived.
+    /// Close the data channels and end the workers; keep what has arrived. The source may still have a last word on the control link.
     Detach,
     /// Give [`Input::Returned`] when the source comes back, or [`Input::NotReturned`] after so long.
     AwaitReturn(Duration),
-    /// From here on, the control channel that came back is the one.
+    /// Close the control link; from here on, the control channel that came back is the one.
     Attach,
     /// The source's round, for display.
     Round(u32),
@@ -274,7 +272,7 @@ impl DestinationControl {
             }
             (State::Building(context), Input::Built(Ok(load))) => {
                 self.act(Action::Send(Message::Prepared(Prepared { token: self.token, load })));
-                self.open_data(context, self.token)
+                self.open_data(context)
             }
             (State::Building(_), Input::Built(Err(why))) => self.abort(why),
             (State::Receiving(receiving), input) => self.receiving(receiving, input),
@@ -341,8 +339,8 @@ impl DestinationControl {
         State::Loading
     }
 
-    fn open_data(&mut self, context: LoadContext, token: SessionToken) -> State {
-        self.act(Action::OpenData { channels: self.channels, token });
+    fn open_data(&mut self, context: LoadContext) -> State {
+        self.act(Action::OpenData { channels: self.channels });
         State::Receiving(Receiving { context, open_channels: self.channels, sum: 0, state: None, table: None })
     }
 
@@ -371,7 +369,7 @@ impl DestinationControl {
         self.act(Action::Attach);
         self.act(Action::Say(format!("{} is back", self.peer)));
         self.act(Action::Send(Message::Attached(token)));
-        self.open_data(context, token)
+        self.open_data(context)
     }
 
     fn commit(&mut self, Commit { epoch, nonce, run }: Commit) -> State {

@@ -57,6 +57,8 @@ pub struct Driver<'a, H: DestinationHost> {
     returned: Option<Channel>,
     /// Until when to wait for one.
     away_until: Option<Instant>,
+    /// Until when the control link of a session whose data channels broke may bring a last word.
+    last_word_until: Option<Instant>,
     stop_told: bool,
     claims: Option<SharedClaims>,
     /// How long each attempt to claim took.
@@ -97,6 +99,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             hang_ups: Vec::new(),
             returned: None,
             away_until: None,
+            last_word_until: None,
             stop_told: false,
             claims: None,
             claim_steps: Vec::new(),
@@ -152,8 +155,8 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 let built = self.build(&machine, request).map_err(|error| error.to_string());
                 self.control.handle(Input::Built(built));
             }
-            Action::OpenData { channels, token } => {
-                let opened = self.open_data(channels, token).map_err(|error| error.to_string());
+            Action::OpenData { channels } => {
+                let opened = self.open_data(channels).map_err(|error| error.to_string());
                 if opened.is_ok() && self.links == 0 {
                     self.enter(Phase::FirstPass);
                 }
@@ -244,6 +247,12 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     }
 
     fn send(&mut self, mut message: Message) {
+        // Before it is told: its data channels may be quick.
+        match &message {
+            Message::Prepared(prepared) => self.data.expect(prepared.token),
+            Message::Attached(token) => self.data.expect(*token),
+            _ => {}
+        }
         if let Message::ClockReply((_, realtime_ns)) = &mut message {
             let realtime = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             *realtime_ns = realtime.as_nanos() as i64;

@@ -35,9 +35,8 @@ pub(super) fn start(channel: Channel, links: u32, inputs: Sender<FromLinks>) -> 
 }
 
 impl<H: DestinationHost> Driver<'_, H> {
-    pub(super) fn open_data(&mut self, channels: u16, token: SessionToken) -> io::Result<()> {
+    pub(super) fn open_data(&mut self, channels: u16) -> io::Result<()> {
         let Some(pages) = self.pages.clone() else { return Ok(()) };
-        self.data.expect(token);
         let opened = self.accept_data(channels)?;
         if self.idle.is_empty() {
             let new = (0..channels).map(|index| ReceivingChannel::new(&pages, index.into(), channels.into()));
@@ -113,6 +112,10 @@ impl<H: DestinationHost> Driver<'_, H> {
     }
 
     pub(super) fn look_for_return(&mut self) {
+        if self.last_word_until.is_some_and(|until| Instant::now() >= until) {
+            self.last_word_until = None;
+            self.link.hang_up();
+        }
         if self.is_back() {
             self.away_until = None;
             match random::secret() {
@@ -125,11 +128,13 @@ impl<H: DestinationHost> Driver<'_, H> {
         }
     }
 
-    /// Closes what is left of the links and keeps what has arrived.
+    /// Closes the data channels and keeps what has arrived. The control link stays for a moment: a source that has ended the move closes
+    /// its data channels, too, and says so.
     pub(super) fn detach(&mut self) {
-        self.link.hang_up();
-        self.links += 1;
-        self.link_lost = true;
+        match self.link_lost {
+            true => self.link.hang_up(),
+            false => self.last_word_until = Some(Instant::now() + LAST_WORD_LIMIT),
+        }
         self.hang_ups.drain(..).for_each(|hang_up| hang_up.hang_up());
         let Some(pages) = self.pages.clone() else { return };
         if !self.workers.is_empty() {
@@ -140,6 +145,9 @@ impl<H: DestinationHost> Driver<'_, H> {
 
     /// Takes up the control channel that came back.
     pub(super) fn attach(&mut self) -> io::Result<()> {
+        self.link.hang_up();
+        self.last_word_until = None;
+        self.links += 1;
         let Some(channel) = self.returned.take() else { return Ok(()) };
         self.link = start(channel, self.links, self.sender.clone())?;
         self.link_lost = false;
