@@ -1,1 +1,3 @@
-//! Godwit's benches.
+//! Godwit's benches, and what they share with other measurements.
+
+pub mod raw;

@@ -13,6 +13,7 @@
 //! | [`counters`] | what crossed an interface, and how well a cap was kept |
 //! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
 //! | [`measure`] | a whole move measured |
+//! | [`versus`] | moves by Godwit and by QEMU in turn |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`image_locks`] | the locks on a disk image, as another program sees them |
 //! | [`lab`] | hosts with stock kernels, in virtual machines |
@@ -39,5 +40,6 @@ pub mod process;
 pub mod qemu;
 pub mod sampler;
 pub mod scenario;
+pub mod versus;
 pub mod wait;
 pub mod workload;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use godwit_control::qmp::Client;
 use serde_json::{Value, json};
 
+use crate::netns::Namespace;
 use crate::process::Process;
 use crate::wait;
 
@@ -23,31 +24,39 @@ pub struct Qemu {
     control: PathBuf,
 }
 
+/// Where a QEMU process runs.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// For its control socket and logs.
+    pub directory: &'a Path,
+    /// Its network.
+    pub namespace: Option<&'a Namespace>,
+}
+
 impl Qemu {
-    /// Starts it with the PVH ELF `image`; with `incoming` it waits for a machine there instead of booting.
-    pub fn start(name: &str, directory: &Path, image: &Path, memory: &str, incoming: Option<&str>) -> Result<Self> {
-        let control = directory.join(format!("{name}.qmp"));
+    /// Starts it with the PVH ELF `image`; with `incoming` it waits until [`Qemu::listen`] instead of booting.
+    pub fn start(name: &str, place: Place<'_>, image: &Path, memory: &str, incoming: bool) -> Result<Self> {
+        let control = place.directory.join(format!("{name}.qmp"));
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-accel", "kvm", "-cpu", CPU, "-machine", "microvm", "-display", "none", "-m", memory]);
         command.args(["-nodefaults", "-no-user-config", "-kernel"]).arg(image);
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", control.display()));
-        if let Some(uri) = incoming {
-            command.args(["-incoming", uri]);
+        if incoming {
+            command.args(["-incoming", "defer"]);
         }
-        let mut process = Process::start(name, directory, command, None)?;
+        let mut process = Process::start(name, place.directory, command, place.namespace)?;
         process.wait_while_running("QEMU's control socket", START_LIMIT, |_| Ok(Client::connect(&control).ok()))?;
         Ok(Self { process, control })
+    }
+
+    /// Waits for a machine at `uri`, with the settings made before.
+    pub fn listen(&self, uri: &str) -> Result<()> {
+        self.qmp()?.execute("migrate-incoming", json!({ "uri": uri })).context("migrate-incoming").map(drop)
     }
 
     /// A connection to its control socket (it serves one at a time).
     pub fn qmp(&self) -> Result<Client> {
         wait::until("QEMU's control socket", START_LIMIT, || Ok(Client::connect(&self.control).ok()))
-    }
-
-    /// Lets QEMU send as fast as it can and pause for at most `downtime_limit_ms`.
-    pub fn set_unlimited(&self, downtime_limit_ms: u64) -> Result<()> {
-        let parameters = json!({ "max-bandwidth": 1_000_000_000_000u64, "downtime-limit": downtime_limit_ms });
-        self.qmp()?.execute("migrate-set-parameters", parameters).context("migrate-set-parameters").map(drop)
     }
 
     /// What `query-migrate` answers.

@@ -52,9 +52,12 @@ impl Default for Workload {
 impl Workload {
     /// Pages of RAM.
     pub fn pages(&self) -> u64 {
-        let (number, unit) = self.memory.split_at(self.memory.len() - 1);
-        let unit_pages = if unit == "G" { 1 << 18 } else { 1 << 8 };
-        number.parse::<u64>().unwrap_or(0) * unit_pages
+        pages(self.memory)
+    }
+
+    /// Pages of the working set.
+    pub fn working_set_pages(&self) -> u64 {
+        pages(self.working_set)
     }
 
     /// The options.
@@ -74,6 +77,13 @@ impl Workload {
         let numbers = numbers.map(|(name, value)| [name.to_owned(), value.to_string()]);
         texts.into_iter().chain(numbers).flatten().collect()
     }
+}
+
+/// A size in pages.
+fn pages(size: &str) -> u64 {
+    let (number, unit) = size.split_at(size.len() - 1);
+    let unit_pages = if unit == "G" { 1 << 18 } else { 1 << 8 };
+    number.parse::<u64>().unwrap_or(0) * unit_pages
 }
 
 /// Where a process keeps the heartbeats, if its header page is at `header_address` there.

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::harness::{self, Need, Scene};
-use godwit_tests::qemu::Qemu;
+use godwit_tests::qemu::{Place, Qemu};
 use godwit_tests::sampler::Sampler;
+use godwit_tests::versus::settings;
 use godwit_tests::{wait, workload};
 use godwit_vmm::workload::{WriterConfig, elf};
 use serde_json::json;
@@ -26,8 +27,12 @@ fn image(scene: &Scene) -> Result<std::path::PathBuf> {
     Ok(path)
 }
 
+fn place(scene: &Scene) -> Place<'_> {
+    Place { directory: scene.path(), namespace: None }
+}
+
 fn the_image_works_in_qemu(scene: &Scene) -> Result<()> {
-    let qemu = Qemu::start("qemu", scene.path(), &image(scene)?, "128M", None)?;
+    let qemu = Qemu::start("qemu", place(scene), &image(scene)?, "128M", false)?;
     let pid = qemu.process.pid();
     let header = wait::until("header page", LIMIT, || Ok(workload::find_header(pid)))?;
     let heartbeat = workload::heartbeats(pid, header, 1);
@@ -45,13 +50,14 @@ fn the_image_works_in_qemu(scene: &Scene) -> Result<()> {
 /// QEMU's own move is a check of the sampler on machinery that is not ours.
 fn the_gap_of_a_move_by_qemu(scene: &Scene) -> Result<()> {
     let image = image(scene)?;
-    let source = Qemu::start("source", scene.path(), &image, "128M", None)?;
+    let source = Qemu::start("source", place(scene), &image, "128M", false)?;
     let uri = format!("unix:{}", scene.path().join("move.sock").display());
-    let destination = Qemu::start("destination", scene.path(), &image, "128M", Some(&uri))?;
+    let destination = Qemu::start("destination", place(scene), &image, "128M", true)?;
+    destination.listen(&uri)?;
     let (from, to) = (source.process.pid(), destination.process.pid());
     let header = wait::until("header page", LIMIT, || Ok(workload::find_header(from)))?;
     let sampler = Sampler::start(workload::heartbeats(from, header, 1));
-    source.set_unlimited(20)?;
+    source.qmp()?.execute("migrate-set-parameters", settings::ALL[0].parameters(None, 20))?;
     source.qmp()?.execute("migrate", json!({ "uri": uri }))?;
     let header = wait::until("the destination's header page", LIMIT, || Ok(workload::find_header(to)))?;
     sampler.watch_destination(workload::heartbeats(to, header, 1));

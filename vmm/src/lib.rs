@@ -33,4 +33,4 @@ pub use config::{ConfigError, MachineConfig};
 pub use error::VmmError;
 pub use incoming::{HostOptions, IncomingMachine, KvmHost};
 pub use machine::{Announced, BootOptions, CpuInfo, Machine, MachineEvent, MachineStatus};
-pub use memory::RamRegion;
+pub use memory::{RamRegion, guest_memory};

@@ -55,12 +55,17 @@ enum Command {
     Chaos(chaos::Chaos),
     /// Checks dependencies against the advisory database (needs the network)
     Audit,
-    /// Moves the same guest with QEMU and with Godwit in turn, and shows both
-    #[command(hide = true)]
-    CompareQemu {
-        /// Pairs of moves
-        #[arg(long, default_value_t = 2)]
+    /// Moves the same guests with Godwit and with QEMU at its best in turn, and shows both
+    VersusQemu {
+        /// Pairs of moves in each case
+        #[arg(long, default_value_t = 5)]
         pairs: u32,
+        /// Only cases whose names contain this
+        #[arg(long)]
+        case: Option<String>,
+        /// Draw rates and sizes at random near each case's
+        #[arg(long)]
+        seed: Option<u64>,
         /// One JSON object as the last line of stdout
         #[arg(long)]
         json: bool,
@@ -85,9 +90,12 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Lab { scenario, command } => lab::run(scenario, command),
         Command::Chaos(chaos) => chaos::run(&chaos),
         Command::Audit => audit(),
-        Command::CompareQemu { pairs, json } => {
-            deps::require(&["qemu-system-x86_64"])?;
-            measure("compare-qemu", &["--pairs".into(), pairs.to_string()], json)
+        Command::VersusQemu { pairs, case, seed, json } => {
+            deps::require(&["qemu-system-x86_64", "ip", "tc"])?;
+            let mut arguments = vec!["--pairs".to_owned(), pairs.to_string()];
+            arguments.extend(case.into_iter().flat_map(|case| ["--case".into(), case]));
+            arguments.extend(seed.into_iter().flat_map(|seed| ["--seed".into(), seed.to_string()]));
+            measure("versus-qemu", &arguments, json)
         }
     }
 }

@@ -114,7 +114,8 @@ impl Run {
             cap_bytes_per_s: CAP_BYTES_PER_S,
         };
         let switchover = ["--downtime-limit", DOWNTIME_LIMIT, "--switchover-bandwidth", SWITCHOVER_BANDWIDTH];
-        let options = [&["--max-bandwidth", CAP], &switchover[..]].concat();
+        // The audit comes after the handover: it is in none of the figures.
+        let options = [&["--max-bandwidth", CAP, "--audit"], &switchover[..]].concat();
         let mut ticker = Ticker::default();
         let target = from.heartbeats(WORKLOAD.vcpus)?;
         let measured = measure(from, to, target, Some(link), &options, MOVE_LIMIT, |answer| ticker.show(answer))?;

@@ -1,0 +1,77 @@
+//! `cargo xtask versus-qemu`: the same guests moved by Godwit and by QEMU in turn, with QEMU at its best.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Parser;
+use godwit_tests::versus::{case, compare, limits, moving};
+use serde_json::json;
+
+/// Moves the same guests with Godwit and with QEMU in turn.
+#[derive(Parser)]
+struct Arguments {
+    /// Pairs of moves in each case
+    #[arg(long, default_value_t = 5)]
+    pairs: u32,
+    /// Only cases whose names contain this
+    #[arg(long)]
+    case: Option<String>,
+    /// Draw rates and sizes at random near each case's
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The longest pause that both aim for, in ms
+    #[arg(long, default_value_t = 300)]
+    downtime_limit_ms: u64,
+    /// One JSON object as the last line of stdout
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let mut cases = case::all(arguments.seed);
+    cases.retain(|case| arguments.case.as_ref().is_none_or(|part| case.name.contains(part.as_str())));
+    let Some(first) = cases.first() else { bail!("no case has a name like that") };
+    let guest_sha256 = moving::guest_sha256(first)?;
+    eprintln!("what this machine allows …");
+    let limits = limits::measure()?;
+    let gb = |bytes_per_s: f64| bytes_per_s / 1e9;
+    eprintln!(
+        "memcpy {:.1} GB/s, loopback TCP into fresh memory {:.2} and into populated memory {:.2} GB/s, quinn {:.2} GB/s",
+        gb(limits.memcpy_bytes_per_s),
+        gb(limits.tcp_fresh_bytes_per_s),
+        gb(limits.tcp_populated_bytes_per_s),
+        gb(limits.quinn_bytes_per_s)
+    );
+    let mut compared = Vec::new();
+    for case in cases {
+        eprintln!("\n{}: {}", case.name, case.workload.arguments().join(" "));
+        compared.push(compare::compare(case, arguments.pairs, arguments.downtime_limit_ms, |who, moved| {
+            eprintln!(
+                "  {who:<16} {:>8.0} ms, gap {:>7}, {:>6.0} MB, CPU {:.2} s, guest at {}{}",
+                moved.total_ms,
+                moved.gap_ms.map_or("-".into(), |gap| format!("{gap:.1} ms")),
+                moved.wire_bytes as f64 / 1e6,
+                moved.cpu_s,
+                moved.guest_rate_share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0)),
+                moved.cut.as_ref().map_or(String::new(), |why| format!("  CUT: {why}")),
+            );
+        })?);
+    }
+    eprintln!("\n{}", compare::Compared::header());
+    compared.iter().for_each(|compared| eprintln!("{}", compared.line(&limits)));
+    if arguments.json {
+        let cases: Vec<_> = compared.iter().map(|compared| compared.json(&limits)).collect();
+        println!("{}", json!({ "cases": cases, "limits": limits, "guest_sha256": guest_sha256 }));
+    }
+    Ok(())
+}

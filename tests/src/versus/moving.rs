@@ -1,0 +1,150 @@
+//! One move by Godwit or by QEMU, in network namespaces, seen from outside by the same means.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use super::case::{Case, LINK_BYTES_PER_S, LINK_MEGABITS_PER_S, Link};
+use super::settings::Settings;
+use super::watch::Watch;
+use crate::godwit::Node;
+use crate::harness::{Scene, binary};
+use crate::measure::{Measured, NotCompleted, measure, measure_qemu};
+use crate::netns::Hosts;
+use crate::qemu::{Place, Qemu};
+use crate::sampler::Target;
+use crate::{wait, workload};
+
+/// A move that has not ended by then is cut and counts as that long.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a guest may take to fill its memory and write its working set.
+const SETTLE_LIMIT: Duration = Duration::from_secs(120);
+
+/// Where QEMU listens at the destination.
+const QEMU_PORT: u16 = 4444;
+
+/// A move, seen from outside.
+#[derive(Debug, Clone)]
+pub struct Moved {
+    /// From the command until a poller saw it completed; [`LIMIT`] if it did not.
+    pub total_ms: f64,
+    /// By the guest's heartbeat; none if it did not complete.
+    pub gap_ms: Option<f64>,
+    /// Both directions, on the link.
+    pub wire_bytes: u64,
+    /// Of both ends, without what the guest itself used.
+    pub cpu_s: f64,
+    /// The guest's rate of writes until the pause over that before the move.
+    pub guest_rate_share: Option<f64>,
+    /// Why it did not complete.
+    pub cut: Option<String>,
+}
+
+/// Moves a guest of the case with Godwit, at its defaults but for link and downtime limit.
+pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
+    let (scene, hosts) = (Scene::new()?, hosts(case)?);
+    let source = Node::sender(&scene, "source", Some(hosts.host(0)), &case.workload, &[])?;
+    let listen = format!("tcp://{}:0", hosts.address(1, 0));
+    let destination = Node::receiver(&scene, "destination", Some(hosts.host(1)), &listen, &["--insecure"])?;
+    let target = source.heartbeats(case.workload.vcpus)?;
+    settle(case, target)?;
+    let limit = format!("{downtime_limit_ms}ms");
+    let mut options = vec!["--downtime-limit", &limit];
+    if case.link == Link::Capped {
+        options.extend(["--max-bandwidth", "1Gbit"]);
+    }
+    let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), destination.process.pid()])?;
+    let measured = measure(&source, &destination, target, None, &options, LIMIT, |_| ());
+    let moved = Moved::new(measured, watch).with_context(|| scene.logs())?;
+    if moved.cut.is_none() {
+        destination.ensure_guest_whole(&case.workload)?;
+    }
+    Ok(moved)
+}
+
+/// Moves the same guest with QEMU.
+pub fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<Moved> {
+    let (scene, hosts) = (Scene::new()?, hosts(case)?);
+    let image = scene.path().join("workload.elf");
+    export(case, &image)?;
+    let uri = format!("tcp:{}:{QEMU_PORT}", hosts.address(1, 0));
+    let memory = case.workload.memory;
+    let place = |host| Place { directory: scene.path(), namespace: Some(hosts.host(host)) };
+    let source = Qemu::start("source", place(0), &image, memory, false)?;
+    let destination = Qemu::start("destination", place(1), &image, memory, true)?;
+    let cap = (case.link == Link::Capped).then_some(LINK_BYTES_PER_S as u64);
+    for end in [&source, &destination] {
+        let mut qmp = end.qmp()?;
+        qmp.execute("migrate-set-capabilities", settings.capabilities())?;
+        qmp.execute("migrate-set-parameters", settings.parameters(cap, downtime_limit_ms))?;
+    }
+    destination.listen(&uri)?;
+    let pid = source.process.pid();
+    let header = wait::until("QEMU's guest", SETTLE_LIMIT, || Ok(workload::find_header(pid)))?;
+    let target = workload::heartbeats(pid, header, case.workload.vcpus);
+    settle(case, target)?;
+    let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
+    Moved::new(measure_qemu(&source, &destination, target, &uri, LIMIT), watch).with_context(|| scene.logs())
+}
+
+impl Moved {
+    fn new(measured: Result<Measured>, watch: Watch) -> Result<Self> {
+        let cost = watch.finish()?;
+        let (total_ms, gap_ms, cut) = match measured {
+            Ok(measured) => (measured.total_ms, Some(measured.gap.gap_ms), None),
+            Err(error) => match error.downcast_ref::<NotCompleted>() {
+                Some(why) => (LIMIT.as_secs_f64() * 1e3, None, Some(why.to_string())),
+                None => return Err(error),
+            },
+        };
+        let (wire_bytes, cpu_s, guest_rate_share) = (cost.wire_bytes, cost.cpu_s, cost.guest_rate_share);
+        Ok(Self { total_ms, gap_ms, wire_bytes, cpu_s, guest_rate_share, cut })
+    }
+}
+
+/// SHA-256 of the guest that both boot.
+pub fn guest_sha256(case: &Case) -> Result<String> {
+    let scene = Scene::new()?;
+    let image = scene.path().join("workload.elf");
+    export(case, &image)?;
+    Ok(Sha256::digest(std::fs::read(&image)?).iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn hosts(case: &Case) -> Result<Hosts> {
+    let hosts = Hosts::new(2)?;
+    if case.link == Link::Shaped {
+        hosts.shape(0, 1, LINK_MEGABITS_PER_S)?;
+        hosts.shape(1, 0, LINK_MEGABITS_PER_S)?;
+    }
+    Ok(hosts)
+}
+
+/// The guest as a file for QEMU.
+fn export(case: &Case, image: &std::path::Path) -> Result<()> {
+    let mut command = Command::new(binary("godwit-sender")?);
+    command.arg("run").args(case.workload.arguments()).arg("--export-elf").arg(image);
+    let output = command.output().context("cannot run godwit-sender")?;
+    ensure!(output.status.success(), "the guest was not exported: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Waits until the guest has filled its memory and been through its working set, so that each move finds the same memory.
+fn settle(case: &Case, heartbeats: Target) -> Result<()> {
+    let mut values = Vec::new();
+    let advancing = |values: &mut Vec<u64>| heartbeats.read(values).context("cannot read the guest's heartbeat");
+    wait::until_true("the guest runs", SETTLE_LIMIT, || {
+        advancing(&mut values)?;
+        Ok(values.iter().all(|&beats| beats > 0))
+    })?;
+    if !case.writes() {
+        return Ok(());
+    }
+    let writes = workload::writes(heartbeats);
+    wait::until_true("the guest has written its working set", SETTLE_LIMIT, || {
+        writes.read(&mut values).context("cannot read the guest's counters")?;
+        Ok(values.iter().sum::<u64>() >= case.workload.working_set_pages())
+    })
+}

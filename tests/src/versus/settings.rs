@@ -1,0 +1,53 @@
+//! What QEMU is given. Each of these is somebody's advice for some guest: which is best is found out for each case.
+
+use serde_json::{Value, json};
+
+/// Room for every working set here, which QEMU's default (64 MiB) is not.
+const XBZRLE_CACHE_BYTES: u64 = 512 << 20;
+
+/// More than any link takes. QEMU's own default is 128 MiB/s.
+const UNCAPPED_BYTES_PER_S: u64 = 1_000_000_000_000;
+
+/// A way to set QEMU up for a move.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// For people and scripts.
+    pub name: &'static str,
+    /// Migration capabilities, at both ends.
+    capabilities: &'static [&'static str],
+    /// Migration parameters besides bandwidth and downtime, at both ends.
+    parameters: fn() -> Value,
+}
+
+impl Settings {
+    /// For `migrate-set-capabilities`.
+    pub fn capabilities(&self) -> Value {
+        let on = |capability| json!({ "capability": capability, "state": true });
+        json!({ "capabilities": self.capabilities.iter().map(on).collect::<Vec<_>>() })
+    }
+
+    /// For `migrate-set-parameters`.
+    pub fn parameters(&self, cap_bytes_per_s: Option<u64>, downtime_limit_ms: u64) -> Value {
+        let mut parameters = (self.parameters)();
+        parameters["max-bandwidth"] = json!(cap_bytes_per_s.unwrap_or(UNCAPPED_BYTES_PER_S));
+        parameters["downtime-limit"] = json!(downtime_limit_ms);
+        parameters
+    }
+}
+
+/// All that are tried. Pre-copy only.
+pub const ALL: [Settings; 5] = [
+    Settings { name: "plain", capabilities: &[], parameters: || json!({}) },
+    Settings { name: "multifd-2", capabilities: &["multifd"], parameters: || json!({ "multifd-channels": 2 }) },
+    Settings {
+        name: "multifd-2-zstd",
+        capabilities: &["multifd"],
+        parameters: || json!({ "multifd-channels": 2, "multifd-compression": "zstd" }),
+    },
+    Settings {
+        name: "xbzrle-512m",
+        capabilities: &["xbzrle"],
+        parameters: || json!({ "xbzrle-cache-size": XBZRLE_CACHE_BYTES }),
+    },
+    Settings { name: "auto-converge", capabilities: &["auto-converge"], parameters: || json!({}) },
+];
