@@ -64,6 +64,7 @@ impl Settings {
         if let Some(compression) = parameters.compression()? {
             options.compression = compression;
         }
+        options.delta_cache_bytes = parameters.xbzrle_cache_size.unwrap_or(options.delta_cache_bytes);
         if let Some(ms) = parameters.pause_timeout {
             options.pause_timeout = time("x-godwit-pause-timeout", ms)?;
         }
@@ -103,6 +104,7 @@ impl Settings {
                 _ => None,
             },
             compress: Some(compression_name(options.compression)),
+            xbzrle_cache_size: Some(options.delta_cache_bytes),
             pause_timeout: Some(whole_ms(options.pause_timeout)),
             handover_timeout: Some(whole_ms(options.handover_timeout)),
             reconnect_timeout: Some(whole_ms(options.reconnect_timeout)),
@@ -141,6 +143,9 @@ pub struct Parameters {
     /// `auto`, `none`, `zstd` or `zstd:LEVEL`: as `--compress` has it.
     #[serde(rename = "x-godwit-compress", skip_serializing_if = "Option::is_none")]
     pub compress: Option<String>,
+    /// Memory for what was last sent of pages, in bytes, so that over a slow link only differences need be sent; 0: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xbzrle_cache_size: Option<u64>,
     /// The longest that the pause may take before the source resumes, milliseconds.
     #[serde(rename = "x-godwit-pause-timeout", skip_serializing_if = "Option::is_none")]
     pub pause_timeout: Option<u64>,

@@ -42,7 +42,10 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
     let pages = outcome.pages;
     row(
         "pages",
-        format!("{} raw, {} compressed, {} zero, {} never touched", pages.raw, pages.zstd, pages.zero, pages.untouched),
+        format!(
+            "{} raw, {} compressed, {} as differences, {} unchanged, {} zero, {} never touched",
+            pages.raw, pages.zstd, pages.delta, pages.same, pages.zero, pages.untouched
+        ),
     );
     if !outcome.reconnections.is_empty() {
         let (breaks, away) =

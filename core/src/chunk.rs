@@ -15,6 +15,9 @@
 //! The header has a checksum of its own because a length or frame read wrongly would put good bytes in wrong places;
 //! the pages themselves are covered by the table of page hashes.
 
+use std::ops::RangeInclusive;
+
+use crate::delta;
 use crate::layout::STRIPE_PAGES;
 use crate::memory::PAGE_SIZE;
 
@@ -22,6 +25,8 @@ use crate::memory::PAGE_SIZE;
 pub const HEADER_BYTES: usize = 24;
 /// Bytes of one run in a *zero* chunk: offset from the chunk's frame and number of pages, 16 bits each.
 pub const ZERO_RUN_BYTES: usize = 4;
+/// Bytes before each page's difference in a *delta* chunk: offset from the chunk's frame and length, 16 bits each.
+pub const DELTA_BYTES: usize = 4;
 /// The most pages a chunk can hold: a stripe.
 pub const MAX_PAGES: usize = STRIPE_PAGES;
 /// The largest *probe* payload.
@@ -34,6 +39,7 @@ const ZSTD: u8 = 3;
 const MARK: u8 = 4;
 const END: u8 = 5;
 const PROBE: u8 = 6;
+const DELTA: u8 = 7;
 
 /// A chunk's header, checked: whatever it says is within the format's limits. Whether the frames are RAM is for the
 /// memory's owner to say.
@@ -77,6 +83,15 @@ pub enum Chunk {
         /// 1 to [`MAX_PROBE_BYTES`].
         length: usize,
     },
+    /// Pages within a stripe's length of `frame`, as differences from what was last sent of them.
+    Delta {
+        /// What the pages' offsets count from.
+        frame: u64,
+        /// 1 to [`MAX_PAGES`].
+        pages: usize,
+        /// Bytes of all of them, at most [`DELTA_BYTES`] + [`delta::MOST_BYTES`] each.
+        length: usize,
+    },
 }
 
 /// Why bytes are no chunk.
@@ -109,7 +124,7 @@ impl Chunk {
         match *self {
             Chunk::Raw { pages, .. } => pages * PAGE_SIZE,
             Chunk::Zero { runs, .. } => runs * ZERO_RUN_BYTES,
-            Chunk::Zstd { length, .. } | Chunk::Probe { length } => length,
+            Chunk::Zstd { length, .. } | Chunk::Probe { length } | Chunk::Delta { length, .. } => length,
             Chunk::Mark { .. } | Chunk::End { .. } => 0,
         }
     }
@@ -123,6 +138,7 @@ impl Chunk {
             Chunk::Mark { number } => (MARK, 0, number),
             Chunk::End { chunks } => (END, 0, chunks),
             Chunk::Probe { .. } => (PROBE, 0, 0),
+            Chunk::Delta { frame, pages, .. } => (DELTA, pages, frame),
         };
         let mut bytes = [0; HEADER_BYTES];
         bytes[0] = kind;
@@ -156,7 +172,10 @@ impl Chunk {
             (MARK, None) => Chunk::Mark { number },
             (END, None) => Chunk::End { chunks: number },
             (PROBE, None) if (1..=MAX_PROBE_BYTES as u32).contains(&length) => Chunk::Probe { length: length as usize },
-            (RAW..=PROBE, _) => return Err(ChunkError::Size { kind, count, length }),
+            (DELTA, Some(pages)) if delta_bytes(pages).contains(&(length as usize)) => {
+                Chunk::Delta { frame: number, pages, length: length as usize }
+            }
+            (RAW..=DELTA, _) => return Err(ChunkError::Size { kind, count, length }),
             _ => return Err(ChunkError::Kind(kind)),
         };
         // Whatever is redundant must agree, so that there is one encoding of each chunk.
@@ -164,6 +183,35 @@ impl Chunk {
             true => Ok(chunk),
             false => Err(ChunkError::Size { kind, count, length }),
         }
+    }
+}
+
+/// What the differences of so many pages can come to.
+fn delta_bytes(pages: usize) -> RangeInclusive<usize> {
+    pages * DELTA_BYTES..=pages * (DELTA_BYTES + delta::MOST_BYTES)
+}
+
+/// The head of a page's difference: offset from the chunk's frame, and number of bytes that follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeltaHead {
+    /// Less than [`MAX_PAGES`].
+    pub offset: u16,
+    /// At most [`delta::MOST_BYTES`].
+    pub length: u16,
+}
+
+impl DeltaHead {
+    /// The head's bytes.
+    pub fn encode(&self) -> [u8; DELTA_BYTES] {
+        let ([a, b], [c, d]) = (self.offset.to_le_bytes(), self.length.to_le_bytes());
+        [a, b, c, d]
+    }
+
+    /// Checks a head.
+    pub fn decode(bytes: [u8; DELTA_BYTES]) -> Option<Self> {
+        let [a, b, c, d] = bytes;
+        let head = Self { offset: u16::from_le_bytes([a, b]), length: u16::from_le_bytes([c, d]) };
+        (usize::from(head.offset) < MAX_PAGES && usize::from(head.length) <= delta::MOST_BYTES).then_some(head)
     }
 }
 
@@ -208,6 +256,10 @@ mod tests {
             any::<u64>().prop_map(|number| Chunk::Mark { number }),
             any::<u64>().prop_map(|chunks| Chunk::End { chunks }),
             (1..=MAX_PROBE_BYTES).prop_map(|length| Chunk::Probe { length }),
+            (any::<u64>(), 1..=MAX_PAGES, 0.0..1.0f64).prop_map(|(frame, pages, share)| {
+                let length = DELTA_BYTES + (share * delta::MOST_BYTES as f64) as usize;
+                Chunk::Delta { frame, pages, length: pages * length }
+            }),
         ]
     }
 
@@ -225,7 +277,7 @@ mod tests {
         }
 
         #[test]
-        fn impossible_headers_are_refused_even_with_a_right_checksum(mut bytes in prop::array::uniform24(any::<u8>()), kind in 0u8..8) {
+        fn impossible_headers_are_refused_even_with_a_right_checksum(mut bytes in prop::array::uniform24(any::<u8>()), kind in 0u8..9) {
             bytes[0] = kind;
             bytes[1] = 0;
             bytes[2..4].copy_from_slice(&MAGIC);

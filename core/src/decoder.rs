@@ -3,9 +3,11 @@
 //! The driver asks what is wanted next ([`ChannelDecoder::wants`]), brings exactly that, and is told what it meant.
 //! Raw pages are wanted in guest memory itself; all else goes through a small buffer.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::chunk::{Chunk, ChunkError, HEADER_BYTES, MAX_PAGES, ZERO_RUN_BYTES, ZeroRun};
+use crate::chunk::{Chunk, ChunkError, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, ZERO_RUN_BYTES, ZeroRun};
+use crate::delta::DeltaError;
 use crate::layout::Layout;
 use crate::memory::PAGE_SIZE;
 use crate::table::Page;
@@ -37,6 +39,8 @@ pub enum Decoded<'a> {
     Contents(Pages, &'a [Page]),
     /// Runs of pages that are zero.
     Zero(&'a [Pages]),
+    /// Pages as differences from what was last applied there.
+    Deltas(&'a [Delta]),
     /// To be acknowledged.
     Mark(u64),
     /// The channel has ended, complete.
@@ -52,6 +56,15 @@ pub struct Pages {
     pub slot: usize,
     /// How many.
     pub pages: usize,
+}
+
+/// A page's difference from what was last applied there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delta {
+    /// The page.
+    pub page: Pages,
+    /// Where the difference ([`crate::delta`]) lies in the bytes that were handed over.
+    pub bytes: Range<usize>,
 }
 
 /// Why a channel cannot be believed.
@@ -74,6 +87,20 @@ pub enum DecodeError {
     /// A malformed run of zero pages.
     #[error("a malformed run of zero pages at frame {0:#x}")]
     ZeroRun(u64),
+    /// A malformed list of differences.
+    #[error("a malformed list of pages that differ, at frame {0:#x}")]
+    DeltaList(u64),
+    /// A malformed difference.
+    #[error("how the page at frame {frame:#x} differs: {error}")]
+    Delta {
+        /// The page's frame.
+        frame: u64,
+        /// Why.
+        error: DeltaError,
+    },
+    /// A difference from what nobody knows.
+    #[error("a difference for frame {0:#x}, of which nothing whole is there")]
+    NoBase(u64),
     /// Compressed pages that do not decompress to what was announced.
     #[error("compressed pages at frame {frame:#x} do not decompress: {why}")]
     Zstd {
@@ -105,6 +132,7 @@ pub struct ChannelDecoder {
     decompressor: zstd::bulk::Decompressor<'static>,
     contents: Vec<Page>,
     zeros: Vec<Pages>,
+    deltas: Vec<Delta>,
 }
 
 #[derive(Clone, Copy)]
@@ -127,6 +155,7 @@ impl ChannelDecoder {
             decompressor: zstd::bulk::Decompressor::new()?,
             contents: Vec::new(),
             zeros: Vec::new(),
+            deltas: Vec::new(),
         })
     }
 
@@ -213,7 +242,28 @@ impl ChannelDecoder {
                 }
                 Ok(Decoded::Contents(run, &self.contents))
             }
+            Chunk::Delta { frame, pages, .. } => self.deltas(frame, pages, bytes),
             _ => Ok(Decoded::Incomplete),
+        }
+    }
+
+    fn deltas(&mut self, frame: u64, pages: usize, bytes: &[u8]) -> Result<Decoded<'_>, DecodeError> {
+        self.deltas.clear();
+        let mut at = 0;
+        while let Some(head) = bytes[at..].first_chunk::<DELTA_BYTES>() {
+            let head = DeltaHead::decode(*head).ok_or(DecodeError::DeltaList(frame))?;
+            let page = frame.checked_add(head.offset.into()).ok_or(DecodeError::DeltaList(frame))?;
+            let page = self.own_pages(page, 1)?;
+            let start = at + DELTA_BYTES;
+            at = start + usize::from(head.length);
+            if at > bytes.len() {
+                return Err(DecodeError::DeltaList(frame));
+            }
+            self.deltas.push(Delta { page, bytes: start..at });
+        }
+        match at == bytes.len() && self.deltas.len() == pages {
+            true => Ok(Decoded::Deltas(&self.deltas)),
+            false => Err(DecodeError::DeltaList(frame)),
         }
     }
 
@@ -285,7 +335,7 @@ mod tests {
                     }
                 }
                 Decoded::Mark(number) => marks.push(number),
-                Decoded::Incomplete | Decoded::End => {}
+                Decoded::Incomplete | Decoded::End | Decoded::Deltas(_) => {}
             }
         }
     }
@@ -319,6 +369,7 @@ mod tests {
                 match encoded {
                     Encoded::Zero => assert_eq!(kind, 0),
                     Encoded::Contents(page) => assert_eq!(*page, contents),
+                    Encoded::Same => unreachable!("there is no base"),
                 }
                 expected.insert(stripe.first_frame + offset as u64, contents);
                 if encoder.output_bytes() > every {

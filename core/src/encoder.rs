@@ -4,13 +4,18 @@
 //! by the driver whenever it likes. A page is copied from guest memory exactly once, into the place in the output
 //! where it would stand if sent as it is; zero test, hash and compression all use that copy.
 
-use crate::chunk::{Chunk, HEADER_BYTES, MAX_PAGES, MAX_PROBE_BYTES, ZeroRun};
+use crate::chunk::{Chunk, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, MAX_PROBE_BYTES, ZeroRun};
+use crate::delta;
 use crate::memory::PAGE_SIZE;
 use crate::progress::PageCounts;
 use crate::table::{Page, is_zero};
 
 /// Pages that are compressed together.
 const ZSTD_RUN_PAGES: usize = 16;
+/// Once differences come to this much, a chunk is made of them: a cap is kept in small steps.
+const DELTA_CHUNK_BYTES: usize = 16 << 10;
+/// Where pages are compressed too, only differences that are shorter than what that leaves of a page are sent.
+const MOST_BESIDE_ZSTD_BYTES: usize = PAGE_SIZE / 8;
 /// Once output grows beyond this much, the driver should write it.
 pub const OUTPUT_BYTES: usize = 128 << 10;
 
@@ -24,6 +29,10 @@ pub struct ChannelEncoder {
     /// The run of raw pages at the end of `out` that is still open: where its header starts and its first frame.
     run: Option<Run>,
     zeros: Vec<ZeroRun>,
+    deltas: Vec<u8>,
+    delta_pages: usize,
+    /// The copy of a page that is compared with its base.
+    page: Box<Page>,
     stripe_frame: u64,
     zstd: Option<Zstd>,
     chunks: u64,
@@ -49,6 +58,8 @@ pub enum Encoded<'a> {
     Zero,
     /// These contents.
     Contents(&'a Page),
+    /// Its base: nothing is sent.
+    Same,
 }
 
 impl ChannelEncoder {
@@ -58,6 +69,9 @@ impl ChannelEncoder {
             out: Vec::with_capacity(2 * OUTPUT_BYTES),
             run: None,
             zeros: Vec::new(),
+            deltas: Vec::new(),
+            delta_pages: 0,
+            page: Box::new([0; PAGE_SIZE]),
             stripe_frame: 0,
             zstd: None,
             chunks: 0,
@@ -73,6 +87,8 @@ impl ChannelEncoder {
         self.out.clear();
         self.run = None;
         self.zeros.clear();
+        self.deltas.clear();
+        self.delta_pages = 0;
         self.chunks = 0;
     }
 
@@ -93,6 +109,55 @@ impl ChannelEncoder {
     pub fn begin_stripe(&mut self, first_frame: u64) {
         self.end_stripe();
         self.stripe_frame = first_frame;
+    }
+
+    /// Encodes the page at `offset` in the stripe as its difference from `base`, which is what stands at the destination, if
+    /// that pays. `copy` fetches its contents, once.
+    pub fn page_with_base(&mut self, offset: usize, base: &Page, copy: impl FnOnce(&mut Page)) -> Encoded<'_> {
+        copy(&mut self.page);
+        if *self.page == *base {
+            self.counts.same += 1;
+            return Encoded::Same;
+        }
+        if is_zero(&self.page) {
+            self.counts.zero += 1;
+            self.zero(offset);
+            return Encoded::Zero;
+        }
+        if self.delta(offset, base) {
+            self.counts.delta += 1;
+            return Encoded::Contents(&self.page);
+        }
+        let page = *self.page;
+        self.page(offset, |copy| *copy = page)
+    }
+
+    /// Adds the difference between the copy and `base` to the list, if it is short enough.
+    fn delta(&mut self, offset: usize, base: &Page) -> bool {
+        let most = if self.zstd.is_some() { MOST_BESIDE_ZSTD_BYTES } else { delta::MOST_BYTES };
+        let head_at = self.deltas.len();
+        self.deltas.resize(head_at + DELTA_BYTES, 0);
+        let Some(length) = delta::encode(base, &self.page, most, &mut self.deltas) else {
+            self.deltas.truncate(head_at);
+            return false;
+        };
+        let head = DeltaHead { offset: offset as u16, length: length as u16 };
+        self.deltas[head_at..][..DELTA_BYTES].copy_from_slice(&head.encode());
+        self.delta_pages += 1;
+        if self.deltas.len() >= DELTA_CHUNK_BYTES {
+            self.put_deltas();
+        }
+        true
+    }
+
+    fn put_deltas(&mut self) {
+        if self.delta_pages == 0 {
+            return;
+        }
+        self.close_run();
+        let (pages, length) = (std::mem::take(&mut self.delta_pages), self.deltas.len());
+        self.put(Chunk::Delta { frame: self.stripe_frame, pages, length });
+        self.out.append(&mut self.deltas);
     }
 
     /// Encodes the page at `offset` in the stripe. `copy` fetches its contents, once.
@@ -124,6 +189,7 @@ impl ChannelEncoder {
     /// Ends the stripe: all of its pages are in the output.
     pub fn end_stripe(&mut self) {
         self.close_run();
+        self.put_deltas();
         if self.zeros.is_empty() {
             return;
         }

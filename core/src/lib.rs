@@ -18,14 +18,17 @@
 //! | [`progress`] | what a move says of itself while it runs and when it has ended |
 //! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
+//! | [`delta`], [`bases`] | pages as differences from what was sent before |
 //! | [`layout`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
 //! | [`view`], [`touched`], [`audit`] | guest memory by pages, which of it was ever used, whether it is what was sent |
 
 pub mod audit;
+pub mod bases;
 pub mod channel;
 pub mod chunk;
 pub mod codec;
 pub mod decoder;
+pub mod delta;
 pub mod destination;
 pub mod encoder;
 pub mod layout;

@@ -25,6 +25,8 @@ use crate::machine::{MachineDescription, Section, Verdict};
 pub const VERSION: Version = Version { major: 1, minor: 1 };
 /// Feature bit: what a broken link leaves is kept for a while, and the session can come back ([`Message::Keep`]).
 pub const FEATURE_RETURN: u64 = 1;
+/// Pages may be sent as differences from what was last sent of them ([`crate::delta`]).
+pub const FEATURE_DELTA: u64 = 2;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"GWCT";

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
+use crate::memory::PAGE_SIZE;
 use crate::source::OnStall;
+
+/// What copying and hashing leave of a fast link: what one core of a small machine does (docs/performance.md).
+pub const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
 
 /// What is known when a round has ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,11 +56,13 @@ pub enum Decision {
 }
 
 impl RoundEnd {
-    /// The pause, if it began now: (ρ × dirty + queued) / B_s + F.
+    /// The pause, if it began now: (ρ × dirty + queued) / B_s + F, or what looking at the dirty pages takes where less is sent.
     pub fn predicted_pause(&self) -> Duration {
         let bytes = self.dirty_pages as f64 * self.wire_bytes_per_page + self.queued_bytes as f64;
         // A day stands for "never": a rate of 0 must not divide.
         let sending = (bytes / self.switchover_bytes_per_s.max(1.0)).min(86_400.0);
+        let looking = (self.dirty_pages * PAGE_SIZE as u64) as f64 / DATA_PATH_BYTES_PER_S;
+        let sending = sending.max(looking);
         self.fixed + Duration::from_secs_f64(sending)
     }
 

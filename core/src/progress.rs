@@ -93,8 +93,19 @@ pub struct PageCounts {
     pub zero: u64,
     /// Compressed.
     pub zstd: u64,
+    /// As differences from what had been sent before.
+    pub delta: u64,
+    /// Dirtied, and found to be what had been sent before: not sent again.
+    pub same: u64,
     /// Left out because nothing ever touched them.
     pub untouched: u64,
+}
+
+impl PageCounts {
+    /// Pages that were looked at to be sent.
+    pub fn visited(&self) -> u64 {
+        self.raw + self.zero + self.zstd + self.delta + self.same
+    }
 }
 
 /// One round, looked back upon.

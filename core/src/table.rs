@@ -93,6 +93,11 @@ impl PageTable {
         self.set(slot, TORN)
     }
 
+    /// Whether nobody knows what a page contains.
+    pub fn is_torn(&self, slot: usize) -> bool {
+        self.entries[slot].load(Ordering::Relaxed) == TORN
+    }
+
     /// The entry of a page, `None` if it was never sent.
     pub fn entry(&self, slot: usize) -> Option<u64> {
         match self.entries[slot].load(Ordering::Relaxed) {

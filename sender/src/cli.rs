@@ -191,6 +191,9 @@ pub(crate) struct MigrateArgs {
     /// Compression of pages: auto, none, zstd, zstd:LEVEL
     #[arg(long, value_name = "HOW")]
     pub(crate) compress: Option<String>,
+    /// Memory for what was last sent of pages, so that over a slow link only differences are sent; 0: none [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) delta_cache: Option<ByteSize>,
     /// Compare a hash of every page before the destination loads state [default: on]
     #[arg(long, value_name = "on|off")]
     pub(crate) verify: Option<Switch>,

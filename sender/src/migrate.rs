@@ -85,6 +85,7 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         downtime_limit: args.downtime_limit.map(whole_ms),
         multifd_channels: args.channels,
         compress: args.compress.clone(),
+        xbzrle_cache_size: args.delta_cache.map(ByteSize::bytes),
         pause_timeout: args.pause_timeout.map(whole_ms),
         handover_timeout: args.handover_timeout.map(whole_ms),
         reconnect_timeout: args.reconnect_timeout.map(whole_ms),

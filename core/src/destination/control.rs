@@ -19,7 +19,7 @@ use super::DestinationOptions;
 use crate::channel::SessionToken;
 use crate::machine::{LoadContext, MachineDescription, Section, Verdict};
 use crate::message::{
-    Commit, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep,
+    Commit, FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep,
     VERSION,
 };
 use crate::ownership::destination::{self as rules, DestinationHandover, Dropped};
@@ -295,7 +295,7 @@ impl DestinationControl {
         self.peer = format!("{} ({}, {})", self.peer, hello.host, hello.program);
         self.act(Action::Send(Message::Hello(Hello {
             version: VERSION,
-            features: FEATURE_RETURN,
+            features: FEATURE_RETURN | FEATURE_DELTA,
             program: concat!("godwit ", env!("CARGO_PKG_VERSION")).into(),
             host: self.options.host_name.clone(),
         })));

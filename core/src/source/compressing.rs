@@ -10,6 +10,11 @@ const AUTO_LEVEL: ZstdLevel = ZstdLevel(1);
 /// With `auto`: of so many stripes one is compressed to see whether it still does not pay.
 const AUTO_SAMPLE_STRIPES: u32 = 32;
 
+/// Whether looking for what need not be sent is quicker than sending it.
+pub(super) fn is_slow(bytes_per_s: Option<u64>) -> bool {
+    bytes_per_s.is_some_and(|rate| rate <= COMPRESS_BELOW_BYTES_PER_S)
+}
+
 /// Decides for one channel, stripe by stripe.
 pub(super) struct Compressing {
     wanted: Compression,
@@ -39,9 +44,8 @@ impl Compressing {
             return None;
         }
         self.before = counts;
-        let slow = cap.is_some_and(|cap| cap <= COMPRESS_BELOW_BYTES_PER_S);
         self.stripes += 1;
-        let compress = slow && (self.pays || self.stripes.is_multiple_of(AUTO_SAMPLE_STRIPES));
+        let compress = is_slow(cap) && (self.pays || self.stripes.is_multiple_of(AUTO_SAMPLE_STRIPES));
         let changed = compress != self.on;
         self.on = compress;
         changed.then(|| compress.then_some(AUTO_LEVEL))

@@ -200,9 +200,9 @@ impl SourceControl {
         Some(self.phase_since + limit)
     }
 
-    /// The compression asked for.
-    pub fn compression(&self) -> Compression {
-        self.options.compression
+    /// The compression asked for, and the memory for what was last sent of pages.
+    pub fn encodings(&self) -> (Compression, u64) {
+        (self.options.compression, self.options.delta_cache_bytes)
     }
 
     /// A peer from which nothing was heard for so long is lost: [`Input::LinkLost`].

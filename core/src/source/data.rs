@@ -58,7 +58,7 @@ impl Data {
         flow: Arc<Flow>,
         hasher: PageHasher,
         channels: u16,
-        compression: Compression,
+        (compression, delta_cache_bytes): (Compression, u64),
     ) -> Result<Self, MachineError> {
         let description = machine.describe()?;
         let layout = Layout::new(&description.memory)
@@ -75,7 +75,8 @@ impl Data {
             touched: Box::new(touched),
             channels: channels.into(),
         };
-        let idle = (0..channels).map(|index| SendingChannel::new(index.into(), compression));
+        let idle = (0..channels)
+            .map(|index| SendingChannel::new(index.into(), compression, delta_cache_bytes / u64::from(channels)));
         let idle = idle
             .collect::<io::Result<_>>()
             .map_err(|error| MachineError::with_source("pages cannot be compressed", error))?;

@@ -31,6 +31,8 @@ struct ChannelFlow {
     zero: AtomicU64,
     zstd: AtomicU64,
     untouched: AtomicU64,
+    delta: AtomicU64,
+    same: AtomicU64,
 }
 
 impl Flow {
@@ -134,6 +136,8 @@ impl Flow {
         flow.zero.store(counts.zero, Ordering::Relaxed);
         flow.zstd.store(counts.zstd, Ordering::Relaxed);
         flow.untouched.store(counts.untouched, Ordering::Relaxed);
+        flow.delta.store(counts.delta, Ordering::Relaxed);
+        flow.same.store(counts.same, Ordering::Relaxed);
     }
 
     /// Bytes that a channel has encoded and written.
@@ -156,6 +160,8 @@ impl Flow {
             zero: sum(|flow| &flow.zero),
             zstd: sum(|flow| &flow.zstd),
             untouched: sum(|flow| &flow.untouched),
+            delta: sum(|flow| &flow.delta),
+            same: sum(|flow| &flow.same),
         }
     }
 

@@ -82,6 +82,8 @@ pub struct SourceOptions {
     pub channels: u16,
     /// Compression of pages.
     pub compression: Compression,
+    /// Memory for what was last sent of pages, so that over a slow link only differences need be sent; 0: none.
+    pub delta_cache_bytes: u64,
     /// Compare a table of page hashes before state is loaded.
     pub verify: bool,
     /// Hash the stopped source's memory against the table after the handover.
@@ -113,6 +115,7 @@ impl Default for SourceOptions {
             pause_before_switchover: false,
             channels: 1,
             compression: Compression::Auto,
+            delta_cache_bytes: 512 << 20,
             verify: true,
             audit: false,
             dry_run: false,

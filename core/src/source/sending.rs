@@ -8,15 +8,17 @@
 use std::io;
 
 use super::Compression;
-use super::compressing::Compressing;
+use super::compressing::{Compressing, is_slow};
 use super::unacknowledged::{Batch, Sent, Unacknowledged};
+use crate::bases::Bases;
 use crate::chunk::MAX_PROBE_BYTES;
 use crate::encoder::{ChannelEncoder, Encoded, OUTPUT_BYTES};
 use crate::layout::{Layout, STRIPE_WORDS, Stripe, StripeBits, set_bits, take_first_bit};
 use crate::machine::{DirtyLog, MachineError};
+use crate::memory::PAGE_SIZE;
 use crate::pending::Pending;
 use crate::progress::PageCounts;
-use crate::table::{PageHasher, PageTable};
+use crate::table::{Page, PageHasher, PageTable};
 use crate::touched::TouchedPages;
 use crate::view::MemoryView;
 
@@ -87,7 +89,7 @@ pub enum Polled<'c> {
 pub struct Pace {
     /// The most to write in one go.
     pub quantum_bytes: usize,
-    /// The cap in force.
+    /// What the channel can count on: the cap in force, or less if the link was seen to take less.
     pub bytes_per_s: Option<u64>,
     /// Leave the round at the next stripe.
     pub cut: bool,
@@ -104,11 +106,20 @@ pub enum SendError {
     Machine(#[from] MachineError),
 }
 
+/// What a page holds that was never sent.
+static ZEROS: Page = [0; PAGE_SIZE];
+
 /// The sending side of one data channel.
 pub struct SendingChannel {
     index: usize,
     encoder: ChannelEncoder,
     compressing: Compressing,
+    /// What was last sent of some pages, over this link.
+    bases: Bases,
+    /// Whether what is sent is kept as a base: on links that are slower than looking for differences.
+    keeping: bool,
+    /// Pages that were sent as zeros are zeros at the destination: not certain any more once a link broke.
+    zeros_arrived: bool,
     work: Work,
     /// The stripe that is being encoded, and its pages that are not yet.
     current: Option<(Stripe, StripeBits)>,
@@ -188,12 +199,16 @@ pub fn break_off(
 
 impl SendingChannel {
     /// Data channel `index`, which sends every stripe whose number leaves this remainder.
-    pub fn new(index: usize, compression: Compression) -> io::Result<Self> {
+    /// `delta_cache_bytes`: for what was last sent of pages.
+    pub fn new(index: usize, compression: Compression, delta_cache_bytes: u64) -> io::Result<Self> {
         let compressing = Compressing::new(compression);
         Ok(Self {
             index,
             encoder: ChannelEncoder::new(compressing.level())?,
             compressing,
+            bases: Bases::new(delta_cache_bytes),
+            keeping: false,
+            zeros_arrived: true,
             work: Work::Idle,
             current: None,
             flush: false,
@@ -301,6 +316,9 @@ impl SendingChannel {
     /// many pages that adds to those that were pending anyway.
     fn reattach(&mut self, pending: &Pending) -> u64 {
         self.encoder.restart();
+        // What was under way may not have arrived: nothing is built upon it.
+        self.bases.clear();
+        self.zeros_arrived = false;
         self.work = Work::Idle;
         self.flush = false;
         self.marked_bytes = self.written_bytes;
@@ -331,6 +349,9 @@ impl SendingChannel {
         }
         self.open.push(Sent { stripe: index, bits });
         let cap = pace.bytes_per_s.filter(|_| self.is_paced());
+        if self.is_paced() {
+            self.keeping = is_slow(cap) && self.bases.has_room();
+        }
         if let Some(level) = self.compressing.choose(cap, self.encoder.counts()) {
             self.encoder.set_zstd(level)?;
         }
@@ -357,11 +378,36 @@ impl SendingChannel {
         let Some((stripe, rest)) = &mut self.current else { return };
         while let Some(offset) = take_first_bit(rest) {
             let frame = stripe.first_frame + offset as u64;
-            let entry = match self.encoder.page(offset, |page| pages.view.copy_page(stripe, offset, page)) {
-                Encoded::Zero => pages.hasher.zero(frame),
-                Encoded::Contents(page) => pages.hasher.page(frame, page),
+            let slot = stripe.first_slot + offset;
+            let copy = |page: &mut Page| pages.view.copy_page(stripe, offset, page);
+            let base = match self.bases.get(slot) {
+                None if !self.keeping => None,
+                None => match pages.table.entry(slot) {
+                    None => Some(&ZEROS),
+                    Some(entry) => (self.zeros_arrived && entry == pages.hasher.zero(frame)).then_some(&ZEROS),
+                },
+                base => base,
             };
-            let replaced = pages.table.set(stripe.first_slot + offset, entry);
+            let encoded = match base {
+                Some(base) => self.encoder.page_with_base(offset, base, copy),
+                None => self.encoder.page(offset, copy),
+            };
+            let entry = match encoded {
+                Encoded::Same => continue,
+                Encoded::Zero => {
+                    self.bases.forget(slot);
+                    pages.hasher.zero(frame)
+                }
+                Encoded::Contents(page) => {
+                    if self.keeping {
+                        self.bases.keep(slot, page);
+                    } else {
+                        self.bases.forget(slot);
+                    }
+                    pages.hasher.page(frame, page)
+                }
+            };
+            let replaced = pages.table.set(slot, entry);
             self.again += u64::from(replaced.was_sent);
             self.sum = self.sum.wrapping_add(replaced.growth);
             if self.encoder.output_bytes() >= quantum {
@@ -400,7 +446,6 @@ impl SendingChannel {
     }
 
     fn pages(&self) -> u64 {
-        let counts = self.encoder.counts();
-        counts.raw + counts.zero + counts.zstd
+        self.encoder.counts().visited()
     }
 }

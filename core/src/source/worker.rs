@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
 
 use super::driver::Event;
 use super::flow::Flow;
@@ -41,6 +42,7 @@ pub struct Worker {
     index: usize,
     channel: SendingChannel,
     writer: Box<dyn ChannelWriter>,
+    link: LinkRate,
     /// Bytes that were charged, or sent before there was anything to charge.
     charged_bytes: u64,
     /// Bytes on the wire that the counters have.
@@ -67,7 +69,7 @@ impl Worker {
         writer: Box<dyn ChannelWriter>,
     ) -> Self {
         let charged_bytes = writer.bytes_on_wire();
-        Self { shared, links, index, channel, writer, charged_bytes, noted_bytes: 0 }
+        Self { shared, links, index, channel, writer, link: LinkRate::default(), charged_bytes, noted_bytes: 0 }
     }
 
     /// Carries out orders until there are none, or the channel breaks, and gives back what outlives it.
@@ -97,13 +99,17 @@ impl Worker {
         loop {
             flow.check_stopped()?;
             let paced = self.channel.is_paced();
-            match self.channel.poll(&shared.pages, log, flow.pace())? {
+            let mut pace = flow.pace();
+            pace.bytes_per_s = pace.bytes_per_s.into_iter().chain(self.link.bytes_per_s()).min();
+            match self.channel.poll(&shared.pages, log, pace)? {
                 Polled::Bytes(bytes) => {
                     let length = bytes.len() as u64;
                     if paced {
                         flow.wait_for_turn(length)?;
                     }
+                    let began = Instant::now();
                     self.writer.write_all(bytes)?;
+                    self.link.wrote(length, began, Instant::now());
                     self.channel.written();
                     let wire_bytes = self.writer.bytes_on_wire();
                     flow.wrote(self.index, length, wire_bytes - self.noted_bytes);
@@ -131,5 +137,64 @@ impl Worker {
                 Polled::Idle => return Err(WorkerError::Alone),
             }
         }
+    }
+}
+
+/// How fast the link takes what is written, if it is the link that is waited for.
+#[derive(Debug, Default)]
+struct LinkRate {
+    window: Option<Window>,
+    bytes_per_s: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Window {
+    began: Instant,
+    bytes: u64,
+    blocked: Duration,
+}
+
+impl LinkRate {
+    /// Long enough for more than what sockets swallow at once.
+    const WINDOW: Duration = Duration::from_millis(100);
+
+    /// So many bytes were written between two moments.
+    fn wrote(&mut self, bytes: u64, began: Instant, ended: Instant) {
+        let window = self.window.get_or_insert(Window { began, bytes: 0, blocked: Duration::ZERO });
+        window.bytes += bytes;
+        window.blocked += ended - began;
+        let length = ended - window.began;
+        if length >= Self::WINDOW {
+            // Time spent elsewhere (encoding, waiting for a turn) says nothing about the link.
+            let waited_for = window.blocked * 2 > length;
+            self.bytes_per_s = waited_for.then(|| (window.bytes as f64 / length.as_secs_f64()) as u64);
+            self.window = None;
+        }
+    }
+
+    /// None: not known, or faster than what is written.
+    fn bytes_per_s(&self) -> Option<u64> {
+        self.bytes_per_s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_blocks_shows_its_rate_and_one_that_does_not_shows_none() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut link = LinkRate::default();
+        for ms in (0..200).step_by(10) {
+            link.wrote(1_000_000, at(ms), at(ms + 9));
+        }
+        let rate = link.bytes_per_s().unwrap();
+        assert!((90_000_000..130_000_000).contains(&rate), "{rate}");
+        for ms in (200..400).step_by(10) {
+            link.wrote(1_000_000, at(ms), at(ms + 1));
+        }
+        assert_eq!(link.bytes_per_s(), None);
     }
 }

@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::ending::Ending;
 use super::{Action, Done, SourceControl};
 use crate::machine::Refusal;
-use crate::message::{FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION};
+use crate::message::{FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION};
 use crate::phase::Phase;
+use crate::policy::DATA_PATH_BYTES_PER_S;
 
 /// Clock samples: the one with the shortest round trip counts (as in NTP, RFC 5905 section 10).
 const CLOCK_SAMPLES: u32 = 5;
@@ -15,9 +16,6 @@ const FIRST_PROBE_BYTES: u64 = 1 << 20;
 /// … and again with more if it was quick.
 const SECOND_PROBE_BYTES: u64 = 4 << 20;
 const QUICK_PROBE: Duration = Duration::from_millis(10);
-/// What copying and hashing leave of a fast link, until a round has measured it: what one core of a small machine
-/// does (docs/performance.md).
-const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
 
 impl SourceControl {
     /// Something has been done before the first page was sent.
@@ -29,7 +27,7 @@ impl SourceControl {
                 let (program, host) = (self.program.clone(), self.host.clone());
                 self.act(Action::Send(Message::Hello(Hello {
                     version: VERSION,
-                    features: FEATURE_RETURN,
+                    features: FEATURE_RETURN | FEATURE_DELTA,
                     program,
                     host,
                 })));
@@ -99,6 +97,9 @@ impl SourceControl {
             return self.end(Ending::Refused(vec![Refusal::new("protocol", why)]));
         }
         self.peer_host = hello.host;
+        if hello.features & FEATURE_DELTA == 0 {
+            self.options.delta_cache_bytes = 0;
+        }
         self.returns = hello.features & FEATURE_RETURN != 0 && !self.options.reconnect_timeout.is_zero();
         self.ask_clock();
     }

@@ -63,10 +63,10 @@ impl Driver {
         let hasher = PageHasher::new(table_seed, self.verify);
         let (machine, flow) = (Arc::clone(&self.machine), Arc::clone(&self.handle.flow));
         let (dial, channels, links) = (Arc::clone(&self.dial), self.channels, self.links);
-        let compression = self.control.compression();
+        let encodings = self.control.encodings();
         self.off_thread("open-data", move || {
             let open = || {
-                let data = Data::new(machine, flow, hasher, channels, compression)?;
+                let data = Data::new(machine, flow, hasher, channels, encodings)?;
                 let opened = dial_all(&*dial, token, channels, CONNECT_LIMIT);
                 Ok((data, opened.map_err(|error| MachineError::new(error.to_string()))?))
             };
