@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_control::console::{DEFAULT_NAME, LogArgs, default_control_path};
 use godwit_control::units::{Bandwidth, OrNone, Span};
 use godwit_core::ownership::Name;
+use godwit_vmm::config::ByteSize;
 use godwit_vmm::workload::Rate;
 
 use crate::confirm::ConfirmArgs;

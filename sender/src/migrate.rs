@@ -8,6 +8,7 @@ use godwit_control::parameters::{Parameters, parse_compression};
 use godwit_control::qmp::{Client, ClientError};
 use godwit_control::units::{Bandwidth, OrNone, Span};
 use godwit_transport::Uri;
+use godwit_vmm::config::ByteSize;
 use serde_json::{Value, json};
 
 use crate::Failure;
