@@ -124,7 +124,7 @@ fn the_gap_is_short(scene: &Scene) -> Result<()> {
     let source = Node::sender(scene, "source", None, &workload, &[])?;
     let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
     let target = source.heartbeats(workload.vcpus)?;
-    let options = ["--downtime-limit", "20ms"];
+    let options = ["--downtime-limit", "20ms", "--audit"];
     let measured = measure::measure(&source, &destination, target, None, &options, LIMIT, |_| ())?;
     let gap = measured.gap;
     println!("gap {gap:?}, own downtime {} ms", measured.downtime_ms);
