@@ -61,7 +61,7 @@ impl RoundEnd {
         let bytes = self.dirty_pages as f64 * self.wire_bytes_per_page + self.queued_bytes as f64;
         // A day stands for "never": a rate of 0 must not divide.
         let sending = (bytes / self.switchover_bytes_per_s.max(1.0)).min(86_400.0);
-        let looking = (self.dirty_pages * PAGE_SIZE as u64) as f64 / DATA_PATH_BYTES_PER_S;
+        let looking = self.dirty_pages as f64 * PAGE_SIZE as f64 / DATA_PATH_BYTES_PER_S;
         let sending = sending.max(looking);
         self.fixed + Duration::from_secs_f64(sending)
     }

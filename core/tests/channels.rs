@@ -89,10 +89,12 @@ struct Scene {
     unacknowledged: Vec<Unacknowledged>,
     destination: DestinationPages,
     receiving: Vec<ReceivingChannel>,
+    /// A link so slow that differences are sent, if there is memory for bases.
+    slow: bool,
 }
 
 impl Scene {
-    fn new(compression: Compression) -> Self {
+    fn new(compression: Compression, delta_cache_bytes: Option<u64>) -> Self {
         let regions = REGIONS.map(|(guest_address, size)| RegionDescription { guest_address, size_bytes: size as u64 });
         let layout = Arc::new(Layout::new(&regions).unwrap());
         let memory =
@@ -117,24 +119,33 @@ impl Scene {
             memory: here,
             log: Log::default(),
             touched,
-            sending: (0..CHANNELS).map(|index| SendingChannel::new(index, compression).unwrap()).collect(),
+            sending: (0..CHANNELS)
+                .map(|index| SendingChannel::new(index, compression, delta_cache_bytes.unwrap_or(0)).unwrap())
+                .collect(),
             unacknowledged: (0..CHANNELS).map(|_| Unacknowledged::default()).collect(),
             receiving: (0..CHANNELS)
                 .map(|index| ReceivingChannel::new(&destination, index, CHANNELS).unwrap())
                 .collect(),
+            slow: delta_cache_bytes.is_some(),
             source,
             destination,
         }
     }
 
-    /// The guest writes a page: zeros, one byte, or noise.
+    /// The guest writes a page: zeros, one byte, noise, or a word of what is there.
     fn write(&self, page: usize, value: u64) {
         let first = REGIONS[0].1 / PAGE_SIZE;
         let (region, page) = if page < first { (0, page) } else { (1, page - first) };
         let address = REGIONS[region].0 + (page * PAGE_SIZE) as u64;
+        let mut there = vec![0; PAGE_SIZE];
+        self.memory.read_slice(&mut there, GuestAddress(address)).unwrap();
         let contents: Vec<u8> = match value % 4 {
             0 => vec![0; PAGE_SIZE],
             1 => vec![value as u8; PAGE_SIZE],
+            2 => {
+                there[(value >> 8) as usize % 512 * 8..][..8].copy_from_slice(&value.to_le_bytes());
+                there
+            }
             _ => (0..PAGE_SIZE as u64).map(|at| (value.wrapping_mul(at * at + 1) >> 24) as u8).collect(),
         };
         self.memory.write_slice(&contents, GuestAddress(address)).unwrap();
@@ -150,7 +161,7 @@ impl Scene {
 
     /// Carries an order out, or breaks off. What the channels report, unless they broke off.
     fn run(&mut self, order: Order, cut: Option<&Cut>) -> Result<Vec<Report>, BrokenOff> {
-        let pace = Pace { quantum_bytes: 20_000, bytes_per_s: None, cut: false };
+        let pace = Pace { quantum_bytes: 20_000, bytes_per_s: self.slow.then_some(1_000_000), cut: false };
         let mut reports = Vec::new();
         for index in 0..CHANNELS {
             let limit = cut.map_or(usize::MAX, |cut| cut.arrive[index] + cut.in_flight);
@@ -258,8 +269,10 @@ proptest! {
     fn invariant_4_whatever_breaks_what_arrives_is_what_was_last_sent(
         rounds in prop::collection::vec((writes(), prop::option::of(cut())), 1..6),
         in_the_pause in prop::option::of(cut()), last in writes(), zstd: bool,
+        bases in prop::option::of(prop_oneof![Just(0u64), 0u64..200]),
     ) {
-        let mut scene = Scene::new(if zstd { Compression::Zstd(1) } else { Compression::None });
+        let compression = if zstd { Compression::Zstd(1) } else { Compression::None };
+        let mut scene = Scene::new(compression, bases.map(|pages| pages * PAGE_SIZE as u64));
         for (index, (writes, cut)) in rounds.iter().enumerate() {
             writes.iter().for_each(|&(page, value)| scene.write(page, value));
             let _ = scene.run(Order::Round { first: index == 0 }, cut.as_ref());
@@ -279,7 +292,7 @@ proptest! {
 
     #[test]
     fn no_more_is_sent_again_than_was_unacknowledged_or_written_since(first in writes(), since in writes(), cut in cut()) {
-        let mut scene = Scene::new(Compression::None);
+        let mut scene = Scene::new(Compression::None, None);
         first.iter().for_each(|&(page, value)| scene.write(page, value));
         scene.harvest();
         let broken = scene.run(Order::Round { first: true }, Some(&cut)).unwrap_err();
