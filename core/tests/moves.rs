@@ -427,6 +427,7 @@ fn a_time_budget_ends_a_round_in_the_middle() {
         // 4 MiB at 1 MB/s take four seconds.
         max_bandwidth_bytes_per_s: Some(1_000_000),
         compression: Compression::None,
+        delta_cache_bytes: 0,
         switchover_bandwidth_bytes_per_s: Some(1_000_000),
         timeout: Some(Duration::from_millis(300)),
         ..options()
@@ -461,6 +462,7 @@ fn a_cap_changed_in_flight_holds_at_once() {
     let crawl = SourceOptions {
         max_bandwidth_bytes_per_s: Some(10_000),
         compression: Compression::None,
+        delta_cache_bytes: 0,
         switchover_bandwidth_bytes_per_s: Some(100_000_000),
         ..options()
     };

@@ -97,11 +97,12 @@ fn assert_whole(destination: Destination) {
 #[test]
 fn a_move_survives_breaks_at_any_byte() {
     // Odd numbers, so that breaks fall into headers and pages alike.
-    for (channels, compression, breaks) in [
-        (1, Compression::None, vec![1]),
-        (1, Compression::None, vec![1_000_003, 77, 2_000_011]),
-        (3, Compression::None, vec![500_009, 1_234_567]),
-        (2, Compression::Zstd(1), vec![307, 2_003, 1_009]),
+    for (channels, compression, delta_cache_bytes, breaks) in [
+        (1, Compression::None, 0, vec![1]),
+        (1, Compression::None, 0, vec![1_000_003, 77, 2_000_011]),
+        (3, Compression::None, 0, vec![500_009, 1_234_567]),
+        (2, Compression::Zstd(1), 0, vec![307, 2_003, 1_009]),
+        (2, Compression::None, 1 << 20, vec![307, 2_003, 1_009]),
     ] {
         let machine = running_machine();
         let destination = Destination::start(DestinationOptions::default());
@@ -110,6 +111,7 @@ fn a_move_survives_breaks_at_any_byte() {
         let options = SourceOptions {
             channels,
             compression,
+            delta_cache_bytes,
             max_bandwidth_bytes_per_s: Some(50_000_000),
             switchover_bandwidth_bytes_per_s: Some(100_000_000),
             downtime_limit: Duration::from_millis(500),

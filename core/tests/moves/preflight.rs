@@ -155,8 +155,12 @@ fn a_machine_is_settled_while_its_memory_is_being_sent_and_not_later() {
     let machine = asks(&toy, b"question");
     let destination = Destination::with_host(DestinationOptions::default(), Answers);
     // Its working set of 4 MiB takes four seconds.
-    let options =
-        SourceOptions { max_bandwidth_bytes_per_s: Some(1_000_000), compression: Compression::None, ..options() };
+    let options = SourceOptions {
+        max_bandwidth_bytes_per_s: Some(1_000_000),
+        compression: Compression::None,
+        delta_cache_bytes: 0,
+        ..options()
+    };
     let migration = SourceMigration::start(Arc::clone(&machine) as _, destination.dial(), options, Arc::new(Silent));
     assert!(matches!(&*migration.wait(), SourceOutcome::Moved(_)));
     let settled = machine.settled.load(Ordering::SeqCst);
