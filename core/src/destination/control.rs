@@ -19,8 +19,8 @@ use super::DestinationOptions;
 use crate::channel::SessionToken;
 use crate::machine::{LoadContext, MachineDescription, Section, Verdict};
 use crate::message::{
-    Commit, FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep,
-    VERSION,
+    Commit, FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims,
+    TimedStep, VERSION,
 };
 use crate::ownership::destination::{self as rules, DestinationHandover, Dropped};
 use crate::ownership::store::ClaimAnswer;

@@ -5,7 +5,9 @@ use std::time::Duration;
 use super::ending::Ending;
 use super::{Action, Done, SourceControl};
 use crate::machine::Refusal;
-use crate::message::{FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION};
+use crate::message::{
+    FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION,
+};
 use crate::phase::Phase;
 use crate::policy::DATA_PATH_BYTES_PER_S;
 

@@ -160,7 +160,8 @@ impl Net {
             return Ok(0);
         }
         let presences = lock(&self.shared.book).presences(Instant::now());
-        let frames: Vec<_> = presences.iter().flat_map(|presence| announce::frames(self.shared.mac, presence)).collect();
+        let frames: Vec<_> =
+            presences.iter().flat_map(|presence| announce::frames(self.shared.mac, presence)).collect();
         for frame in &frames {
             self.shared.tap.write_frame(frame)?;
         }
