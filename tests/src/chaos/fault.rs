@@ -3,7 +3,7 @@
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{self, Signal};
@@ -20,6 +20,9 @@ use crate::netns::Hosts;
 
 /// How long a moment is waited for that never comes.
 const MOMENT_LIMIT: Duration = Duration::from_secs(20);
+
+/// Between two tries to let a held move go.
+const RELEASE_PERIOD: Duration = Duration::from_millis(20);
 
 /// Packets lost out of 1000, one of these.
 const LOSSES_PER_MILLE: [u32; 4] = [20, 100, 300, 600];
@@ -63,8 +66,14 @@ impl Stage<'_> {
             return;
         }
         thread::sleep(hold.lasts);
-        // It fails if the move has ended meanwhile, or its process.
-        let _ = self.source.node.execute("x-godwit-release-hold", json!({}));
+        // A source that is stopped meanwhile answers no greeting in time. One whose move has ended has nothing to release.
+        let deadline = Instant::now() + MOMENT_LIMIT;
+        while self.source.node.execute("x-godwit-release-hold", json!({})).is_err()
+            && !self.events.story().is_over()
+            && Instant::now() < deadline
+        {
+            thread::sleep(RELEASE_PERIOD);
+        }
         self.events.released();
     }
 
