@@ -36,6 +36,10 @@ pub struct Boot<'a> {
 /// time-stamp counter unstable after a while, and would measure its rate anew until then.
 const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 net.ifnames=0 mitigations=off panic=1 tsc=unstable";
 
+/// With event indices, QEMU before 9.1 can miss that the host has given it buffers again after they had run out, and then waits
+/// for ever: hosts that get little processor time were deaf for many seconds.
+const NIC_OPTIONS: &str = "romfile=,event_idx=off";
+
 /// Starts `host`, with its NICs in the namespace `switch`. It outlives us if `kept`.
 pub fn start(
     host: &HostPlan,
@@ -103,7 +107,7 @@ fn qemu(host: &HostPlan, boot: &Boot<'_>, disk: Option<&Path>) -> Command {
         let tap = host.tap(*network);
         command.args(["-netdev", &format!("tap,id=net{index},ifname={tap},script=no,downscript=no")]);
         let mac = network.link_address(host.number);
-        command.args(["-device", &format!("virtio-net-pci,netdev=net{index},mac={mac},romfile=")]);
+        command.args(["-device", &format!("virtio-net-pci,netdev=net{index},mac={mac},{NIC_OPTIONS}")]);
     }
     if let Some(disk) = disk {
         let file = option_value(disk);

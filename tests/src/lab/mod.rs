@@ -48,7 +48,7 @@ pub mod tree;
 pub mod tsc;
 
 /// What the hosts have beside Debian's essential packages: servers, and what one looks around with.
-const PACKAGES: [&str; 17] = [
+const PACKAGES: [&str; 18] = [
     "linux-image-amd64",
     "busybox-static",
     "kmod",
@@ -66,6 +66,7 @@ const PACKAGES: [&str; 17] = [
     "netcat-openbsd",
     "socat",
     "strace",
+    "qemu-utils",
 ];
 
 /// The size of storage's disk, as mke2fs takes it. It is sparse.

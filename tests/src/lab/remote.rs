@@ -125,29 +125,27 @@ impl Host {
         let mut child = command.spawn().context("cannot start ssh")?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let what = || format!("on {}: {line}", self.name());
-        thread::scope(|scope| {
-            // A command need not read what it is given.
-            scope.spawn(|| stdin.map(|mut stdin| stdin.write_all(input)));
-            let stdout = scope.spawn(|| read_all(stdout));
-            let stderr = scope.spawn(|| read_all(stderr));
-            let ended = wait::until(&what(), limit, || Ok(child.try_wait()?));
-            if ended.is_err() {
-                // Ends the reading, too.
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-            let status = ended?;
-            let panicked = |_| anyhow!("a thread that reads panicked");
-            let output = Output {
-                code: status.code().with_context(what)?,
-                stdout: stdout.join().map_err(panicked)?,
-                stderr: stderr.join().map_err(panicked)?,
-            };
-            if output.code == SSH_FAILED {
-                bail!("{}: no connection, or the command ended with {SSH_FAILED}: {}", what(), output.stderr.trim());
-            }
-            Ok(output)
-        })
+        let input = input.to_vec();
+        // A command need not read what it is given.
+        thread::spawn(move || stdin.map(|mut stdin| stdin.write_all(&input)));
+        let (stdout, stderr) = (thread::spawn(|| read_all(stdout)), thread::spawn(|| read_all(stderr)));
+        let ended = wait::until(&what(), limit, || Ok(child.try_wait()?));
+        if ended.is_err() {
+            // The shared connection keeps the other ends of the pipes for as long as the command goes on: nobody waits for that.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let status = ended?;
+        let panicked = |_| anyhow!("a thread that reads panicked");
+        let output = Output {
+            code: status.code().with_context(what)?,
+            stdout: stdout.join().map_err(panicked)?,
+            stderr: stderr.join().map_err(panicked)?,
+        };
+        if output.code == SSH_FAILED {
+            bail!("{}: no connection, or the command ended with {SSH_FAILED}: {}", what(), output.stderr.trim());
+        }
+        Ok(output)
     }
 
     /// Runs a line of shell that must succeed, and gives what it wrote to stdout.

@@ -57,8 +57,14 @@ impl Files {
     /// Writes the file anew, in place.
     pub(crate) fn write_contents(&self, seed: &str) -> io::Result<()> {
         let mut file = OpenOptions::new().create(true).write(true).truncate(false).open(&self.contents)?;
+        let is_new = file.metadata()?.len() == 0;
         file.write_all(&contents(seed)?)?;
-        file.sync_all()
+        file.sync_all()?;
+        if is_new {
+            // Where it lies stands in the journal only, and who reads the disk from outside does not look there.
+            nix::unistd::sync();
+        }
+        Ok(())
     }
 
     /// Reads the file from the disk and compares it.

@@ -58,16 +58,18 @@ network() {
 # file handles for an overlay; so the disk is NFSv4's root (fsid=0), holds the path that clients know, and is bound there
 # on this host, too, for NFSv3.
 storage() {
-    modprobe -a virtio_blk ext4 nfsd
+    modprobe -a virtio_blk ext4 nfsd lockd
     mkdir -p /export /srv/godwit
     mount -t ext4 /dev/vda /export
     mount --bind /export/srv/godwit /srv/godwit
     mount -t nfsd nfsd /proc/fs/nfsd
     mkdir -p /run/rpc_pipefs /run/rpcbind /var/lib/nfs/sm /var/lib/nfs/v4recovery
     mount -t rpc_pipefs rpc_pipefs /run/rpc_pipefs
-    # The shortest that the kernel takes: locks and opens wait this long for clients after a restart.
+    # The shortest that the kernel takes: locks and opens wait this long for clients after a restart, those of NFSv4 for
+    # both.
     echo 10 >/proc/fs/nfsd/nfsv4leasetime
     echo 10 >/proc/fs/nfsd/nfsv4gracetime
+    echo 10 >/proc/sys/fs/nfs/nlm_grace_period
     rpcbind -w
     rpc.statd --no-notify
     nfsdcld || true
@@ -90,6 +92,8 @@ kvm() {
     fi
     mkdir -p /srv/godwit
     mount -t nfs -o "vers=$NFS_VERSION,hard,proto=tcp" storage:/srv/godwit /srv/godwit
+    # Until locks can be had.
+    flock --shared /srv/godwit/fw1/vmlinuz true
 }
 
 mount -t tmpfs run /run
