@@ -16,18 +16,23 @@
 //! | [`verdict`] | all of this judged |
 //! | [`stage`] | the machine on the lab's hosts: who keeps it, and its moves |
 //! | [`run`], [`cases`] | the scenario, and what must not happen |
+//! | [`claims`], [`race`] | who has the machine while the NFS server comes and goes |
+//! | [`outage`] | the NFS server away for a while |
 
 pub mod announce;
 pub mod capture;
 pub mod cases;
+pub mod claims;
 pub mod counting;
 pub mod gap;
 pub mod guest;
 pub mod image;
 pub mod klog;
 pub mod offset;
+pub mod outage;
 pub mod ping;
 pub mod place;
+pub mod race;
 pub mod record;
 pub mod records;
 pub mod run;

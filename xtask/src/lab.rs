@@ -37,9 +37,12 @@ pub(crate) struct Scenario {
     /// One JSON object as the last line of stdout
     #[arg(long)]
     json: bool,
-    /// Plays the cases of refused and failed moves, too
+    /// Plays the cases of refused and failed moves, and a reboot, too
     #[arg(long)]
     cases: bool,
+    /// Plays the cases of who has the machine while the NFS server comes and goes, too
+    #[arg(long)]
+    claims: bool,
     /// The version of NFS by which the KVM hosts mount: 3 or 4.2
     #[arg(long)]
     nfs: Option<String>,
@@ -66,7 +69,7 @@ pub(crate) fn run(scenario: Scenario, command: Option<Command>) -> Result<ExitCo
 
 impl Scenario {
     fn options(self) -> Vec<String> {
-        let flags = [("--json", self.json), ("--cases", self.cases)];
+        let flags = [("--json", self.json), ("--cases", self.cases), ("--claims", self.claims)];
         let flags = flags.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag.to_owned());
         let values = [("--nfs", self.nfs), ("--guest-kernel", self.guest_kernel)];
         flags.chain(values.into_iter().filter_map(|(name, value)| Some(format!("{name}={}", value?)))).collect()

@@ -14,7 +14,7 @@ use godwit_tests::lab::layout::NfsVersion;
 use godwit_tests::lab::remote::quoted;
 use godwit_tests::lab::state::State;
 use godwit_tests::lab::{Lab, Options, client_command};
-use godwit_tests::scenario::run::{play, step};
+use godwit_tests::scenario::run::{More, play, step};
 
 /// After this the lab is taken down whatever happens. The trees may have to be built first.
 const HARD_LIMIT: Duration = Duration::from_secs(40 * 60);
@@ -35,9 +35,12 @@ struct Scenario {
     /// One JSON object as the last line of stdout
     #[arg(long)]
     json: bool,
-    /// Plays the cases of refused and failed moves, too
+    /// Plays the cases of refused and failed moves, and a reboot, too
     #[arg(long)]
     cases: bool,
+    /// Plays the cases of who has the machine while the NFS server comes and goes, too
+    #[arg(long)]
+    claims: bool,
     #[command(flatten)]
     kind: Kind,
 }
@@ -115,7 +118,7 @@ fn scenario(target: &Path, programs: &Path, wanted: &Scenario) -> Result<ExitCod
     take_down_at_limit(target.join("lab/run"));
     step("the hosts come up");
     let lab = Lab::up(target, programs, wanted.kind.options(false))?;
-    let played = play(&lab, wanted.cases);
+    let played = play(&lab, More { cases: wanted.cases, claims: wanted.claims });
     lab.down()?;
     let seen = played?;
     eprint!("{}", seen.table());

@@ -147,8 +147,7 @@ fn unsafe_cache(source: &Host, destination: &Host) -> Result<()> {
     ensure_refused(dry_run("")?, "--unsafe-cache")?;
     dry_run("--unsafe-cache")?.ensure_code(0)?.ensure_says(&["disks go through the page cache"])?;
     machine.signal("KILL")?;
-    source.check(&format!("rm -f {control} {disk}"))?;
-    Ok(())
+    source.check(&format!("rm -rf {control} {disk} {disk}.godwit")).map(drop)
 }
 
 fn destination_dies(keeper: &Keeper, destination: &Host) -> Result<()> {
@@ -189,7 +188,7 @@ fn unannounced(lab: &Lab, keeper: &mut Keeper) -> Result<()> {
 
     let replies = pinger.exchange().replies();
     let begun = Instant::now();
-    keeper.announce()?;
+    keeper.command("announce")?;
     wait::until_true("replies after announcing", REPLY_LIMIT, || Ok(pinger.exchange().replies() > replies))?;
     step(&format!(
         "unannounced, the client's gap was {gap_ms:.0} ms and growing; replies came {:.0} ms after the announcement",

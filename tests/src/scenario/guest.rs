@@ -30,6 +30,8 @@ pub mod request {
     pub const WRITE: &str = "write";
     /// Reads that file from the disk, not from the page cache, and compares it: `check SEED`.
     pub const CHECK: &str = "check";
+    /// Reboots as `reboot` does.
+    pub const REBOOT: &str = "reboot";
 }
 
 /// What is answered to a request that was done and has nothing to tell.
@@ -111,6 +113,11 @@ impl GuestClient {
     /// Has it read that file back from its disk and compare.
     pub fn check_file(&mut self, seed: u64) -> Result<()> {
         self.order(&format!("{} {seed}", request::CHECK))
+    }
+
+    /// Has it reboot. It goes on for a while before it does.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.order(request::REBOOT)
     }
 
     /// Sends a request and gives the connection to whoever reads the many answers.

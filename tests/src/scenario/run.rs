@@ -11,7 +11,6 @@ use crate::lab::Lab;
 use crate::lab::layout::{CLIENT, GUEST, Network};
 use crate::lab::remote::{Host, Remote, quoted};
 use crate::scenario::announce::{AnnounceCounter, Mac};
-use crate::scenario::cases;
 use crate::scenario::counting::CountingConnection;
 use crate::scenario::gap::Window;
 use crate::scenario::guest::{self, GuestClient};
@@ -22,6 +21,7 @@ use crate::scenario::record;
 use crate::scenario::records::{Confirmed, RecordsClient};
 use crate::scenario::stage::{self, DISK, Keeper};
 use crate::scenario::verdict::{MoveSeen, RunSeen};
+use crate::scenario::{cases, claims, race};
 
 /// How long the clients look at a guest that does not move.
 const BASELINE: Duration = Duration::from_secs(15);
@@ -42,12 +42,21 @@ struct Leg {
 const LEGS: [Leg; 2] =
     [Leg { from: "kvm1", to: "kvm2", transport: "tcp" }, Leg { from: "kvm2", to: "kvm1", transport: "quic" }];
 
-/// Plays the scenario in a lab that is up, and all cases around it if asked. If it cannot be played to its end, the error
+/// What is played beside the scenario itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct More {
+    /// Moves that are refused or fail, and a reboot.
+    pub cases: bool,
+    /// Claims while the NFS server comes and goes.
+    pub claims: bool,
+}
+
+/// Plays the scenario in a lab that is up, and what is asked for around it. If it cannot be played to its end, the error
 /// holds what the machine and its keepers have said last.
-pub fn play(lab: &Lab, with_cases: bool) -> Result<RunSeen> {
+pub fn play(lab: &Lab, more: More) -> Result<RunSeen> {
     step("fw1 boots on kvm1");
     let mut keeper = Keeper::boot(lab, lab.host("kvm1")?)?;
-    play_with(lab, &mut keeper, with_cases).map_err(|error| {
+    play_with(lab, &mut keeper, more).map_err(|error| {
         let hosts: String =
             ["kvm1", "kvm2", "storage"].iter().filter_map(|name| Some(lab.host(name).ok()?.describe())).collect();
         anyhow!("{error:#}\n{}{hosts}", keeper.describe())
@@ -59,12 +68,12 @@ pub fn step(what: &str) {
     eprintln!("lab: {what}");
 }
 
-fn play_with(lab: &Lab, keeper: &mut Keeper, with_cases: bool) -> Result<RunSeen> {
+fn play_with(lab: &Lab, keeper: &mut Keeper, more: More) -> Result<RunSeen> {
     let clocks = HostClocks::start(lab)?;
     let mut guest = stage::guest(lab)?;
     let boot_id = guest.boot_id()?;
     guest.write_file(0).context("fw1 writes a file")?;
-    if with_cases {
+    if more.cases {
         cases::before_moves(lab, keeper)?;
     }
 
@@ -103,9 +112,20 @@ fn play_with(lab: &Lab, keeper: &mut Keeper, with_cases: bool) -> Result<RunSeen
     }
     let (klog, steps) = (guest.klog()?, guest.steps()?);
     let (confirmed, counting) = clients.finish();
-    if with_cases {
-        drop(guest);
+    drop(guest);
+    let mut last_record = confirmed.last();
+    if more.cases {
         cases::after_moves(lab, keeper)?;
+    }
+    let mut race = None;
+    if more.claims {
+        last_record = claims::play(lab, keeper)?;
+        race = Some(race::play(lab)?);
+    }
+    let mut reboot_ms = None;
+    if more.cases {
+        step(&format!("fw1 reboots on {}", keeper.host.name()));
+        reboot_ms = Some(keeper.reboot(lab).context("fw1 reboots")?);
     }
 
     step("fw1 is powered off by ACPI, and its image is looked at");
@@ -119,8 +139,8 @@ fn play_with(lab: &Lab, keeper: &mut Keeper, with_cases: bool) -> Result<RunSeen
         tcp_wrong: seen.tcp_wrong.clone().or_else(|| counting.as_ref().err().map(|error| format!("{error:#}"))),
         ..seen
     });
-    record::check(&records, confirmed.last()).context("the image lacks records confirmed after the moves")?;
-    Ok(RunSeen { moves: moves.collect(), fsck, klog, control_klog, steps })
+    record::check(&records, last_record).context("the image lacks records confirmed after the moves")?;
+    Ok(RunSeen { moves: moves.collect(), fsck, klog, control_klog, steps, race, reboot_ms })
 }
 
 /// All who watch the guest from outside.
@@ -222,9 +242,8 @@ impl<'a> HostClocks<'a> {
 /// Has `host` read the blocks in which the guest keeps its file, and gives how many those are: they are in its page cache
 /// from then on.
 fn read_on(lab: &Lab, host: &Host) -> Result<u64> {
-    // The guest has written its file long ago; where it lies it writes down within half a minute.
-    let list = format!("until debugfs -R 'blocks /var/lib/lab/contents' {DISK} 2>/dev/null | grep .; do sleep 1; done");
-    let blocks = lab.host("storage")?.run_within(&list, PROGRESS_LIMIT).context("the guest's file on its disk")?.stdout;
+    let list = format!("debugfs -R 'blocks /var/lib/lab/contents' {DISK}");
+    let blocks = lab.host("storage")?.check(&list).context("the guest's file on its disk")?;
     let blocks: Vec<u64> = blocks.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     let (Some(first), Some(last)) = (blocks.iter().min(), blocks.iter().max()) else { bail!("the file has no blocks") };
     let count = last - first + 1;

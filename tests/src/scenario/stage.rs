@@ -17,8 +17,12 @@ use crate::wait;
 
 /// Where `fw1` lies on the storage that both hosts share.
 pub const DIRECTORY: &str = "/srv/godwit/fw1";
+/// Its kernel.
+pub const KERNEL: &str = "/srv/godwit/fw1/vmlinuz";
 /// Its disk.
 pub const DISK: &str = "/srv/godwit/fw1/disk.img";
+/// Its claims, which lie beside the disk.
+pub const CLAIMS: &str = "/srv/godwit/fw1/disk.img.godwit";
 /// What comes out of its serial port, on the host where it runs.
 const CONSOLE: &str = "/run/lab/fw1.console";
 /// Where whoever keeps it is controlled.
@@ -36,6 +40,8 @@ const PROCESS_LIMIT: Duration = Duration::from_secs(30);
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// How long a move may take. Encryption is slow where processors are emulated.
 pub const MOVE_LIMIT: Duration = Duration::from_secs(240);
+/// Between two looks at whether it has booted.
+const BOOT_LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// Between two looks at what a move says: looking costs the emulated processors time.
 const LOOK_PERIOD: Duration = Duration::from_millis(20);
 
@@ -94,8 +100,11 @@ impl Keeper {
         let mut keeper = Self { host: host.clone(), remote };
         keeper.wait_for_control()?;
         // The shell on its serial port is the last thing that it starts.
-        let prompt = format!("until grep -q root@fw1 {CONSOLE}; do sleep 1; done");
-        keeper.host.run_within(&prompt, BOOT_LIMIT).context("fw1 boots").with_context(|| keeper.describe())?;
+        let prompt = format!("grep -q root@fw1 {CONSOLE}");
+        keeper.remote.process().wait_while_running("fw1 boots", BOOT_LIMIT, |_| {
+            thread::sleep(BOOT_LOOK_PERIOD);
+            Ok((host.run(&prompt)?.code == 0).then_some(()))
+        })?;
         wait::until("the program in fw1 answers", PROCESS_LIMIT, || Ok(guest(lab).ok())).map(drop)?;
         Ok(keeper)
     }
@@ -153,19 +162,24 @@ impl Keeper {
             Ok(ended.lines().rev().find(is_end).map(drop))
         })?;
         let total_ms = ms(monotonic_ns() - begun_ns);
-        let ended = Self::end_of_move(migrate)?.ensure_code(0)?;
-        let outcome = ended.outcome()?;
-        ensure!(outcome["outcome"] == "moved", "{outcome}");
-        ensure!(outcome["audit"].as_str().is_some_and(|audit| audit.starts_with("ok")), "audit: {}", outcome["audit"]);
-        let status = self.remote.process().wait(PROCESS_LIMIT)?;
-        ensure!(status.success(), "the source's process ended with {status}: {}", self.describe());
+        let outcome = self.ensure_moved(migrate)?;
         let downtime_ms = outcome["downtime_ms"].as_f64().context("the outcome has no downtime_ms")?;
         Ok(Moved { begun_ns, total_ms, downtime_ms })
     }
 
-    /// Has the machine announce itself.
-    pub fn announce(&self) -> Result<()> {
-        self.host.check(&format!("godwit-sender announce --control {CONTROL}")).map(drop)
+    /// Waits for the end of a move that must succeed, its audit too, and of the process here. Gives what was told of it.
+    pub fn ensure_moved(&mut self, migrate: Remote) -> Result<Value> {
+        let outcome = Self::end_of_move(migrate)?.ensure_code(0)?.outcome()?;
+        ensure!(outcome["outcome"] == "moved", "{outcome}");
+        ensure!(outcome["audit"].as_str().is_some_and(|audit| audit.starts_with("ok")), "audit: {}", outcome["audit"]);
+        let status = self.remote.process().wait(PROCESS_LIMIT)?;
+        ensure!(status.success(), "the source's process ended with {status}: {}", self.describe());
+        Ok(outcome)
+    }
+
+    /// Gives the machine a command that is answered at once.
+    pub fn command(&self, verb: &str) -> Result<()> {
+        self.host.check(&format!("godwit-sender {verb} --control {CONTROL}")).map(drop)
     }
 
     /// Whether the machine runs, as its keeper says.
@@ -175,9 +189,23 @@ impl Keeper {
         Ok(said["status"] == "running")
     }
 
+    /// Has the machine reboot, and gives how long it took until it answered again.
+    pub fn reboot(&mut self, lab: &Lab) -> Result<f64> {
+        let begun_ns = monotonic_ns();
+        let mut before = guest(lab)?;
+        let boot_id = before.boot_id()?;
+        before.reboot()?;
+        self.remote.process().wait_while_running("the program in fw1 answers again", BOOT_LIMIT, |_| {
+            let now = guest(lab).and_then(|mut guest| guest.boot_id());
+            Ok(now.is_ok_and(|now| now != boot_id).then_some(()))
+        })?;
+        ensure!(self.is_running()?, "fw1 does not run");
+        Ok(ms(monotonic_ns() - begun_ns))
+    }
+
     /// Presses the machine's power button; the keeper ends with 0 once the guest has shut down.
     pub fn power_down(&mut self) -> Result<()> {
-        self.host.check(&format!("godwit-sender powerdown --control {CONTROL}"))?;
+        self.command("powerdown")?;
         let status = self.remote.process().wait(POWERDOWN_LIMIT)?;
         ensure!(status.success(), "the keeper of fw1 ended with {status}: {}", self.describe());
         Ok(())

@@ -7,6 +7,7 @@ use crate::scenario::guest::Steps;
 use crate::scenario::image::Fsck;
 use crate::scenario::klog::{self, Line};
 use crate::scenario::offset::ClockChange;
+use crate::scenario::race::RaceSeen;
 use crate::scenario::record::RecordsError;
 
 /// How much longer than the pause a client may see silence, beside what it sees without a move: emulated hosts are slow.
@@ -63,6 +64,10 @@ pub struct RunSeen {
     pub control_klog: Vec<Line>,
     /// What the guest's samplers saw of its clocks.
     pub steps: Steps,
+    /// The race for claims, if it was run.
+    pub race: Option<RaceSeen>,
+    /// How long a reboot took, if there was one.
+    pub reboot_ms: Option<f64>,
 }
 
 impl MoveSeen {
@@ -161,6 +166,8 @@ impl RunSeen {
             "new_kernel_warnings": warnings,
             "monotonic_samples": self.steps.samples,
             "monotonic_backward": self.steps.backward,
+            "claim_race": self.race.as_ref().map(RaceSeen::json),
+            "reboot_ms": self.reboot_ms.map(rounded),
             "faults": self.faults(),
         })
     }
@@ -232,6 +239,8 @@ mod tests {
             klog: vec![warning.clone()],
             control_klog: vec![warning],
             steps: Steps { samples: 100_000, backward: 0, worst_ns: 0 },
+            race: None,
+            reboot_ms: Some(81_000.0),
         }
     }
 

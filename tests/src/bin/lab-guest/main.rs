@@ -1,19 +1,21 @@
 //! Runs inside the lab's machine `fw1` and answers its clients (`godwit_tests::scenario::guest` says what): writes
-//! records, tells the time and the kernel's warnings, and watches the clocks. With `clock-server` it only answers, on a
-//! host, what is asked about its clocks.
+//! records, tells the time and the kernel's warnings, and watches the clocks. On the lab's hosts it has two more jobs: with
+//! `clock-server` it only answers what is asked about the host's clocks, with `claim-race` it races for claims.
 
 mod files;
 mod kmsg;
+mod race;
 mod steps;
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, thread};
 
+use anyhow::anyhow;
 use godwit_tests::scenario::guest::{DONE, PORT, request};
 use godwit_tests::scenario::record::RECORDS_FILE;
 use nix::time::{ClockId, clock_gettime};
@@ -21,26 +23,35 @@ use nix::time::{ClockId, clock_gettime};
 use self::files::Files;
 use self::steps::Watch;
 
-const USAGE: &str = "usage: lab-guest [clock-server | DIRECTORY]";
+const USAGE: &str = "usage: lab-guest [clock-server | claim-race DIRECTORY SECONDS | DIRECTORY]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let server = match &arguments[..] {
-        [] => Server::in_guest(Path::new(RECORDS_FILE).parent().unwrap_or(Path::new("/"))),
-        [what] if what == "clock-server" => Ok(Server::default()),
-        [directory] if !directory.starts_with('-') => Server::in_guest(&PathBuf::from(directory)),
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match arguments[..] {
+        [] => serve_guest(Path::new(RECORDS_FILE).parent().unwrap_or(Path::new("/"))),
+        ["clock-server"] => Server::default().serve().map_err(Into::into),
+        ["claim-race", directory, seconds] => match seconds.parse() {
+            Ok(seconds) => race::run(Path::new(directory), Duration::from_secs(seconds)),
+            Err(error) => Err(anyhow!("`{seconds}` is not a number of seconds: {error}")),
+        },
+        [directory] if !directory.starts_with('-') => serve_guest(&PathBuf::from(directory)),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         }
     };
-    match server.and_then(Server::serve) {
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lab-guest: {error}");
+            eprintln!("lab-guest: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn serve_guest(directory: &Path) -> anyhow::Result<()> {
+    Ok(Server::in_guest(directory)?.serve()?)
 }
 
 #[derive(Default)]
@@ -99,6 +110,7 @@ impl Server {
                 (request::STEPS, Some(guest)) => Ok(guest.watch.answer()),
                 (request::WRITE, Some(guest)) => guest.files.write_contents(seed).map(|()| DONE.into()),
                 (request::CHECK, Some(guest)) => guest.files.check_contents(seed).map(|()| DONE.into()),
+                (request::REBOOT, Some(_)) => reboot().map(|()| DONE.into()),
                 _ => Err(io::Error::other(format!("unknown request `{line}`"))),
             };
             let answer = answer.unwrap_or_else(|error| format!("error: {error}"));
@@ -106,6 +118,12 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Asks systemd, which answers before it begins.
+fn reboot() -> io::Result<()> {
+    let status = Command::new("systemctl").args(["--no-block", "reboot"]).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("systemctl ended with {status}"))) }
 }
 
 fn clocks() -> io::Result<String> {
