@@ -34,9 +34,9 @@ impl Tally {
         Self { awaited: channels, ..Self::default() }
     }
 
-    /// A channel has carried it out. Some: it was the last one.
+    /// A channel has carried it out. Some: it was the last one. That a probe is under way is nobody's order any more: its
+    /// acknowledgement may have come first, and the round after it have begun.
     pub fn note(&mut self, report: Report) -> Option<Tallied> {
-        self.awaited = self.awaited.saturating_sub(1);
         let tallied = match report {
             Report::Probing => return None,
             Report::RoundSent { pages, again } => {
@@ -49,6 +49,21 @@ impl Tally {
                 Tallied::Ended { sum: self.sum }
             }
         };
+        self.awaited = self.awaited.saturating_sub(1);
         (self.awaited == 0).then_some(tallied)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_ends_with_its_last_channel_also_when_a_probe_is_reported_late() {
+        let mut tally = Tally::of(2);
+        assert_eq!(tally.note(Report::Probing), None);
+        assert_eq!(tally.note(Report::RoundSent { pages: 3, again: 1 }), None);
+        let round = Tallied::Round { pages: 7, again: 1 };
+        assert_eq!(tally.note(Report::RoundSent { pages: 4, again: 0 }), Some(round));
     }
 }
