@@ -181,13 +181,14 @@ fn destination_dies(watch: &Watch<'_>, keeper: &mut Keeper) -> Result<()> {
     let (epoch, mut destination) = (watch.epoch(keeper)?, receive(watch, keeper)?);
     let migrate = hold_at_commit(keeper, &mut destination)?;
     let outage = Outage::begin(watch.lab, Manner::Stopped)?;
-    destination.kill()?;
+    destination.strike()?;
     keeper.command("release")?;
     thread::sleep(AWAY);
     ensure!(!keeper.is_running()?, "fw1 runs although nobody can have claimed it");
     outage.end()?;
     let ended = Keeper::end_of_move(migrate)?.ensure_code(4)?;
     ended.ensure_says(&[&format!("claimed back, epoch {}", epoch + 1)])?;
+    destination.bury()?;
     watch.ensure_only_at(keeper, epoch + 1)
 }
 

@@ -213,7 +213,17 @@ impl Keeper {
 
     /// Ends it at once, as when a host dies.
     pub fn kill(&mut self) -> Result<()> {
-        self.remote.signal("KILL")?;
+        self.strike()?;
+        self.bury()
+    }
+
+    /// Sends it the signal that ends it. While its storage is away that takes no effect on a process with locks there.
+    pub fn strike(&self) -> Result<()> {
+        self.remote.signal("KILL")
+    }
+
+    /// Waits for the end of what was struck.
+    pub fn bury(&mut self) -> Result<()> {
         self.remote.process().wait(PROCESS_LIMIT)?;
         // What a killed process leaves.
         self.host.check(&format!("rm -f {CONTROL}")).map(drop)
