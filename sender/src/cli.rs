@@ -192,7 +192,7 @@ pub(crate) struct MigrateArgs {
     /// Compression of pages: auto, none, zstd, zstd:LEVEL
     #[arg(long, value_name = "HOW")]
     pub(crate) compress: Option<String>,
-    /// Memory for what was last sent of pages, so that over a slow link only differences are sent; 0: none [default: 512M]
+    /// Memory for what was last sent of pages, so that over a slow link only differences are sent (the predicted pause does not reckon yet with what applying them takes) [default: 0, none]
     #[arg(long, value_name = "SIZE")]
     pub(crate) delta_cache: Option<ByteSize>,
     /// Compare a hash of every page before the destination loads state [default: on]

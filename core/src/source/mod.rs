@@ -115,7 +115,7 @@ impl Default for SourceOptions {
             pause_before_switchover: false,
             channels: 1,
             compression: Compression::Auto,
-            delta_cache_bytes: 512 << 20,
+            delta_cache_bytes: 0,
             verify: true,
             audit: false,
             dry_run: false,
