@@ -8,6 +8,7 @@ use vm_memory::{GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 use crate::layout::{Layout, STRIPE_WORDS, StripeBits};
 use crate::machine::{DirtyLog, MachineError};
 use crate::memory::GuestMemory;
+use crate::plants::{Plant, planted};
 
 /// One bit for every slot: set by harvests, taken by the channels' workers.
 ///
@@ -35,6 +36,9 @@ impl Pending {
     pub fn merge(&self, stripe: usize, bits: &StripeBits) -> u64 {
         let mut added = 0;
         for (word, bits) in self.words[stripe * STRIPE_WORDS..].iter().zip(bits) {
+            if planted(Plant::HarvestOverwrites) {
+                word.store(*bits, Ordering::Release);
+            }
             if *bits != 0 {
                 let before = word.fetch_or(*bits, Ordering::AcqRel);
                 added += u64::from((bits & !before).count_ones());
@@ -106,6 +110,9 @@ impl Harvester {
 
 /// The bitmap's own page size is the host's base page size, which is that of the dirty log on x86-64.
 fn merge_vmm_writes(region: &GuestRegionMmap<AtomicBitmap>, words: &mut [u64]) {
+    if planted(Plant::ForgetVmmWrites) {
+        return;
+    }
     let region: &MmapRegion<AtomicBitmap> = region;
     for (word, vmm) in words.iter_mut().zip(region.bitmap().get_and_reset()) {
         *word |= vmm;

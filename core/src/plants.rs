@@ -2,7 +2,7 @@
 //! simulator can show that they would find them.
 //!
 //! They are there only in tests of this crate and with the feature `plants`, which nothing but `cargo xtask simulate` switches on.
-//! Everywhere else [`planted`] is a constant `false`, and the compiler leaves the faults out.
+//! Everywhere else `planted` is a constant `false`, and the compiler leaves the faults out.
 
 /// A fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,6 +39,39 @@ pub enum Plant {
     RunOnOldClaim,
     /// A process starts whatever the newest claim says.
     StartFromAnyClaim,
+
+    /// The dirty log is cleared of more than was taken to be sent.
+    ClearBeforeHarvest,
+    /// Pages are copied first, and then cleared in the dirty log.
+    CopyBeforeClear,
+    /// Whether a page was ever touched is looked at before it is cleared in the dirty log.
+    JudgeBeforeClear,
+    /// The first pass leaves out a page that was touched.
+    LeaveOutTouched,
+    /// A harvest sets the pending bits instead of adding to them.
+    HarvestOverwrites,
+    /// What the VMM itself has written is not harvested.
+    ForgetVmmWrites,
+    /// A data channel stops without its END.
+    SkipEnd,
+    /// One acknowledgement counts for all that was sent.
+    AcknowledgeTooMuch,
+    /// What was under way when the link broke counts as arrived.
+    ForgetUnacknowledged,
+    /// A page that was half written when the link broke counts as what was there before.
+    TrustTornPages,
+    /// Differences are sent to what was last sent before the link broke, whether it has arrived or not.
+    ReuseDeltaBase,
+    /// The last harvest comes before the state is saved.
+    HarvestBeforeSave,
+    /// The page tables are not compared.
+    IgnoreTable,
+    /// State is loaded before every data channel has ended.
+    LoadBeforeEnd,
+    /// The destination is ready without having loaded the state.
+    ReadyBeforeLoad,
+    /// A move can be cancelled after *commit*.
+    CancelAfterCommit,
 }
 
 /// Whether this fault is planted. A constant `false` in whatever is shipped.
@@ -63,6 +96,11 @@ mod switch {
         /// Every fault.
         pub fn all() -> &'static [Self] {
             Self::VARIANTS
+        }
+
+        /// Whether it breaks the rules by which ownership passes: then the model check finds it, too.
+        pub fn breaks_the_rules(self) -> bool {
+            self as usize <= Self::StartFromAnyClaim as usize
         }
 
         /// What is wrong with it, in a sentence.

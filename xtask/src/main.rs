@@ -10,6 +10,7 @@ mod chaos;
 mod deps;
 mod lab;
 mod shell;
+mod simulate;
 mod test;
 mod totals;
 
@@ -53,6 +54,14 @@ enum Command {
     /// Moves a machine there and back while random faults strike its processes, network and storage, and sees from outside who
     /// runs it
     Chaos(chaos::Chaos),
+    /// Plays moves in virtual time with every fault that a seed draws, and checks that nobody runs twice and nothing is lost (see
+    /// `simulate --help` for options)
+    #[command(disable_help_flag = true)]
+    Simulate {
+        /// Options for the simulator
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Checks dependencies against the advisory database (needs the network)
     Audit,
     /// Moves the same guests with Godwit and with QEMU at its best in turn, and shows both
@@ -89,6 +98,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo { json } => demo(json),
         Command::Lab { scenario, command } => lab::run(scenario, command),
         Command::Chaos(chaos) => chaos::run(&chaos),
+        Command::Simulate { options } => simulate::run(&options),
         Command::Audit => audit(),
         Command::VersusQemu { pairs, case, seed, json } => {
             deps::require(&["qemu-system-x86_64", "ip", "tc"])?;

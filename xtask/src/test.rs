@@ -11,6 +11,10 @@ use crate::{deps, shell};
 /// What nextest answers when tests ran and some failed.
 const NEXTEST_TESTS_FAILED: i32 = 100;
 
+/// The tests that need planted faults: they are built apart, so that nothing else has any.
+const PLANTED: [&str; 7] =
+    ["--package", "godwit-simulator", "--features", "plants", "--test", "plants", "--no-tests=pass"];
+
 pub(crate) fn run(names: &[String]) -> Result<ExitCode> {
     deps::require(&["cargo-nextest"])?;
     // End-to-end tests start the binaries, which nextest alone would not build.
@@ -22,15 +26,16 @@ pub(crate) fn run(names: &[String]) -> Result<ExitCode> {
             .args(names),
     )?;
     let mut skipped = totals::ignored_tests(&list)?;
-    let (code_tests, documented) = (run_nextest(names)?, run_doc_tests(names)?);
+    let (code_tests, planted) = (run_nextest(&["--workspace"], names)?, run_nextest(&PLANTED, names)?);
+    let documented = run_doc_tests(names)?;
     skipped.extend(documented.1);
-    let totals = Totals { skipped: skipped.len(), ..code_tests + documented.0 };
+    let totals = Totals { skipped: skipped.len(), ..code_tests + planted + documented.0 };
 
     Ok(conclude(totals, &skipped))
 }
 
-fn run_nextest(names: &[String]) -> Result<Totals> {
-    let (status, output) = shell::show_and_capture(shell::cargo().args(["nextest", "run", "--workspace"]).args(names))?;
+fn run_nextest(which: &[&str], names: &[String]) -> Result<Totals> {
+    let (status, output) = shell::show_and_capture(shell::cargo().args(["nextest", "run"]).args(which).args(names))?;
     if !status.success() && status.code() != Some(NEXTEST_TESTS_FAILED) {
         bail!("the tests did not run: nextest ended with {status}");
     }

@@ -25,6 +25,7 @@ use crate::message::{
 use crate::ownership::destination::{self as rules, DestinationHandover, Dropped};
 use crate::ownership::store::ClaimAnswer;
 use crate::ownership::{Claim, Epoch, Nonce, RightToRun};
+use crate::plants::{Plant, planted};
 use crate::source::MAX_CHANNELS;
 
 /// What the driver tells.
@@ -276,14 +277,7 @@ impl DestinationControl {
             }
             (State::Building(_), Input::Built(Err(why))) => self.abort(why),
             (State::Receiving(receiving), input) => self.receiving(receiving, input),
-            (State::Loading, Input::Loaded(Ok(steps))) => {
-                if let Some(handover) = &mut self.handover {
-                    // All that it asks for is *ready*.
-                    let _ = handover.handle(rules::Input::Loaded);
-                }
-                self.act(Action::Send(Message::Ready(steps)));
-                State::Ready
-            }
+            (State::Loading, Input::Loaded(Ok(steps))) => self.ready(steps),
             (State::Loading, Input::Loaded(Err(why))) => self.abort(why),
             (State::Ready, Input::Message(Message::Commit(commit))) => self.commit(commit),
             (_, Input::Message(message)) => self.abort(format!("{} has no place here", message.name())),
@@ -328,12 +322,16 @@ impl DestinationControl {
             Input::Message(message) => return self.abort(format!("{} has no place here", message.name())),
             _ => {}
         }
-        let (Some(sum), 0, true) = (receiving.table, receiving.open_channels, receiving.state.is_some()) else {
+        let ended = receiving.open_channels == 0 || planted(Plant::LoadBeforeEnd);
+        let (Some(sum), true, true) = (receiving.table, ended, receiving.state.is_some()) else {
             return State::Receiving(receiving);
         };
-        if self.verify && sum != receiving.sum {
+        if self.verify && sum != receiving.sum && !planted(Plant::IgnoreTable) {
             // Invariant 4: nothing is loaded over memory that is not what was sent.
             return self.abort("the memory that arrived is not what was sent (the page tables differ)".into());
+        }
+        if planted(Plant::ReadyBeforeLoad) {
+            return self.ready(Vec::new());
         }
         self.act(Action::Load(receiving.state.unwrap_or_default(), receiving.context));
         State::Loading
@@ -370,6 +368,19 @@ impl DestinationControl {
         self.act(Action::Say(format!("{} is back", self.peer)));
         self.act(Action::Send(Message::Attached(token)));
         self.open_data(context)
+    }
+
+    /// All is in place but the machine's owner. The rules ask for *ready*, which is said for machines without claims as well.
+    fn ready(&mut self, steps: Vec<TimedStep>) -> State {
+        let actions = self.handover.as_mut().map(|handover| handover.handle(rules::Input::Loaded));
+        for action in actions.unwrap_or_default() {
+            // Only a planted fault claims yet.
+            if let rules::Action::Claim(claim) = action {
+                self.act(Action::Claim(claim));
+            }
+        }
+        self.act(Action::Send(Message::Ready(steps)));
+        State::Ready
     }
 
     fn commit(&mut self, Commit { epoch, nonce, run }: Commit) -> State {

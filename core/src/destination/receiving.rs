@@ -8,6 +8,7 @@ use std::io;
 use crate::decoder::{ChannelDecoder, DecodeError, Decoded, Delta, Pages, Wants};
 use crate::delta;
 use crate::memory::PAGE_SIZE;
+use crate::plants::{Plant, planted};
 use crate::table::{Page, PageHasher, PageTable};
 use crate::view::MemoryView;
 
@@ -86,7 +87,9 @@ impl ReceivingChannel {
     /// Its link broke, and it is to go on over another. Pages that were wanted may be half written; they are among those
     /// that the source sends again.
     pub fn reattach(&mut self, pages: &DestinationPages) {
-        if let Wants::Pages { slot, pages: count } = self.wants() {
+        if let Wants::Pages { slot, pages: count } = self.wants()
+            && !planted(Plant::TrustTornPages)
+        {
             for slot in slot..slot + count {
                 self.sum = self.sum.wrapping_add(pages.table.set_torn(slot).growth);
             }

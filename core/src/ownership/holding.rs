@@ -43,6 +43,8 @@ struct Now {
     state: State,
     /// A person's word about the owner of this epoch, not yet taken up.
     forced: Option<Epoch>,
+    /// Drawn for the next handover; `None`: it draws its own.
+    nonces: Option<Nonces>,
 }
 
 enum State {
@@ -93,7 +95,13 @@ impl Holding {
     /// The same without a store: whoever simulates one asks it what [`Holding::settling`] says.
     pub fn modelled(directory: PathBuf, claim: Claim, right: RightToRun) -> Self {
         let me = claim.claimant.clone();
-        Self { directory, me, now: Mutex::new(Now { claim, state: State::Held(right), forced: None }), life: None }
+        let now = Now { claim, state: State::Held(right), forced: None, nonces: None };
+        Self { directory, me, now: Mutex::new(now), life: None }
+    }
+
+    /// For simulations: the next handover has these nonces, not random ones.
+    pub fn draw(&self, nonces: Nonces) {
+        self.now().nonces = Some(nonces);
     }
 
     /// Where the claims are.
@@ -124,7 +132,7 @@ impl Holding {
         let mut now = self.now();
         now.state = match std::mem::replace(&mut now.state, State::Ended) {
             State::Held(right) => {
-                let nonces = Nonces { theirs: Nonce::random(), ours: Nonce::random() };
+                let nonces = now.nonces.take().unwrap_or_else(Nonces::random);
                 let handover = SourceHandover::new(right, self.me.clone(), nonces, Rules::default());
                 State::Handing(Box::new(handover), nonces.ours)
             }

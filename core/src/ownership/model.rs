@@ -13,7 +13,6 @@ mod world;
 use std::time::{Duration, Instant};
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
-use strum::VariantArray;
 
 use self::heal::{TURNS, heal};
 use self::world::{Budget, Control, Step, World};
@@ -154,7 +153,7 @@ fn counterexample(plant: Plant) -> Option<String> {
 
 #[test]
 fn every_planted_fault_is_found() {
-    for plant in Plant::VARIANTS {
+    for plant in Plant::all().iter().filter(|plant| plant.breaks_the_rules()) {
         let began = Instant::now();
         let found = counterexample(*plant);
         println!("{plant} ({:.1?}): {}", began.elapsed(), found.as_deref().unwrap_or("NOT FOUND"));

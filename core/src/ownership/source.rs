@@ -121,6 +121,13 @@ pub struct Nonces {
     pub ours: Nonce,
 }
 
+impl Nonces {
+    /// Two that no other handover has.
+    pub fn random() -> Self {
+        Self { theirs: Nonce::random(), ours: Nonce::random() }
+    }
+}
+
 impl SourceHandover {
     /// The guest has been paused, and its right to run taken from it.
     pub fn new(right: RightToRun, me: Claimant, nonces: Nonces, rules: Rules) -> Self {

@@ -121,6 +121,11 @@ impl Start {
         (Self { me, nonce, mode, rules, races: 0, state: State::Looking(None) }, Action::Look)
     }
 
+    /// What all its claims carry.
+    pub fn nonce(&self) -> Nonce {
+        self.nonce
+    }
+
     /// Whether nothing more is to come.
     pub fn is_over(&self) -> bool {
         self.state == State::Over

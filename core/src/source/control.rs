@@ -34,6 +34,7 @@ use crate::channel::SessionToken;
 use crate::machine::{MachineDescription, Refusal};
 use crate::message::{Message, TableSum, TimedStep};
 use crate::phase::Phase;
+use crate::plants::{Plant, planted};
 use crate::progress::{self, Report, Step};
 
 /// A peer that says nothing for this long is taken for lost: pings come every second.
@@ -254,7 +255,7 @@ impl SourceControl {
     pub fn may_cancel(&self) -> Result<(), CancelError> {
         match () {
             () if self.finished || self.ending.is_some() => Err(CancelError::Ended),
-            () if self.phase.before_commit() => Ok(()),
+            () if self.phase.before_commit() || planted(Plant::CancelAfterCommit) => Ok(()),
             () => Err(CancelError::Committed(self.peer_host.clone())),
         }
     }
@@ -304,7 +305,7 @@ impl SourceControl {
                 self.link_lost(why);
             }
             Input::Failed(what) | Input::Unreachable { why: what, .. } => self.fail(what),
-            Input::Cancel if self.phase.before_commit() => self.end(Ending::Cancelled),
+            Input::Cancel if self.may_cancel().is_ok() => self.end(Ending::Cancelled),
             Input::Proceed if self.phase == Phase::PreSwitchover => {
                 self.proceed = true;
                 self.next_round();

@@ -10,6 +10,7 @@ use crate::machine::{MachineError, SourceMachine};
 use crate::message::TimedStep;
 use crate::ownership::Holding;
 use crate::pending::{Harvester, forget_vmm_writes};
+use crate::plants::{Plant, planted};
 use crate::sync::lock;
 
 /// How long the rehearsed pause may take.
@@ -78,6 +79,10 @@ pub fn stop_guest(
         holding.begin_handover();
     }
     step("pause vCPUs and devices");
+    if planted(Plant::HarvestBeforeSave) {
+        harvest(machine, pages, harvester)?;
+        return Ok(Done::Stopped { sections: machine.save()?, steps });
+    }
     let sections = machine.save()?;
     step("save state");
     // The last harvest follows the last KVM ioctl and the last device write.

@@ -17,6 +17,7 @@ use crate::layout::{Layout, STRIPE_WORDS, Stripe, StripeBits, set_bits, take_fir
 use crate::machine::{DirtyLog, MachineError};
 use crate::memory::PAGE_SIZE;
 use crate::pending::Pending;
+use crate::plants::{Plant, planted};
 use crate::progress::PageCounts;
 use crate::table::{Page, PageHasher, PageTable};
 use crate::touched::TouchedPages;
@@ -317,7 +318,9 @@ impl SendingChannel {
     fn reattach(&mut self, pending: &Pending) -> u64 {
         self.encoder.restart();
         // What was under way may not have arrived: nothing is built upon it.
-        self.bases.clear();
+        if !planted(Plant::ReuseDeltaBase) {
+            self.bases.clear();
+        }
         self.zeros_arrived = false;
         self.work = Work::Idle;
         self.flush = false;
@@ -342,8 +345,15 @@ impl SendingChannel {
         if let Visit::Round { first, .. } = visit {
             // The order that loses nothing: bits were taken, now the log is cleared, then pages are copied.
             let words = stripe.pages.div_ceil(64).min(STRIPE_WORDS);
-            log.clear(stripe.region, stripe.first_page, &bits[..words])?;
-            if first {
+            let cleared = if planted(Plant::ClearBeforeHarvest) { stripe.all() } else { bits };
+            let early = first && planted(Plant::JudgeBeforeClear);
+            if early {
+                self.leave_out_untouched(&stripe, &mut bits, pages);
+            }
+            if !planted(Plant::CopyBeforeClear) {
+                log.clear(stripe.region, stripe.first_page, &cleared[..words])?;
+            }
+            if first && !early {
                 self.leave_out_untouched(&stripe, &mut bits, pages);
             }
         }
@@ -357,6 +367,10 @@ impl SendingChannel {
         }
         self.encoder.begin_stripe(stripe.first_frame);
         self.current = Some((stripe, bits));
+        if planted(Plant::CopyBeforeClear) && matches!(visit, Visit::Round { .. }) {
+            self.encode(pages, usize::MAX);
+            log.clear(stripe.region, stripe.first_page, &bits[..stripe.pages.div_ceil(64)])?;
+        }
         Ok(())
     }
 
@@ -365,6 +379,9 @@ impl SendingChannel {
     fn leave_out_untouched(&mut self, stripe: &Stripe, bits: &mut StripeBits, pages: &SourcePages) {
         let mut untouched = *bits;
         untouched.iter_mut().zip(pages.touched.of(stripe)).for_each(|(word, touched)| *word &= !touched);
+        if planted(Plant::LeaveOutTouched) {
+            untouched[0] |= bits[0] & 1;
+        }
         for offset in set_bits(&untouched) {
             if pages.table.entry(stripe.first_slot + offset).is_none() {
                 self.untouched += 1;
@@ -429,7 +446,9 @@ impl SendingChannel {
                 Some(batch)
             }
             Visit::Final => {
-                self.encoder.end();
+                if !planted(Plant::SkipEnd) {
+                    self.encoder.end();
+                }
                 self.work = Work::Finish(Report::Ended(self.sum));
                 None
             }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use crate::layout::StripeBits;
 use crate::pending::Pending;
+use crate::plants::{Plant, planted};
 
 /// More marks than this are never under way: buffers on the way hold far less. Bounds what a destination that
 /// acknowledges nothing makes us remember.
@@ -61,6 +62,7 @@ impl Unacknowledged {
     pub fn applied(&mut self, mark: u64) -> Result<(), BadAcknowledgement> {
         let known = self.batches.binary_search_by_key(&mark, |batch| batch.mark);
         let last = known.map_err(|_| BadAcknowledgement::NotSent(mark))?;
+        let last = if planted(Plant::AcknowledgeTooMuch) { self.batches.len() - 1 } else { last };
         for batch in self.batches.drain(..=last) {
             self.applied_bytes = batch.until_bytes;
         }
@@ -76,6 +78,9 @@ impl Unacknowledged {
     /// adds to those that were pending anyway.
     pub fn give_back(&mut self, pending: &Pending, written_bytes: u64) -> u64 {
         self.applied_bytes = written_bytes;
+        if planted(Plant::ForgetUnacknowledged) {
+            self.batches.clear();
+        }
         let sent = self.batches.drain(..).flat_map(|batch| batch.sent);
         sent.map(|Sent { stripe, bits }| pending.merge(stripe, &bits)).sum()
     }
