@@ -117,8 +117,10 @@ pub(crate) fn play(lab: &Lab) -> Result<RaceSeen> {
     storage.check(&format!("mkdir {DIRECTORY}"))?;
     let line = format!("lab-guest claim-race {DIRECTORY} {}", LENGTH.as_secs());
     let mut racers: Vec<(&str, Remote)> = Vec::new();
-    for host in HOSTS.into_iter().cycle().take(HOSTS.len() * RACERS) {
-        racers.push((host, lab.host(host)?.spawn("race", &line)?));
+    for host in HOSTS {
+        for number in 0..RACERS {
+            racers.push((host, lab.host(host)?.spawn(&format!("racer-{number}"), &line)?));
+        }
     }
     for manner in OUTAGES {
         thread::sleep(BETWEEN);
