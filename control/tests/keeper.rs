@@ -98,7 +98,7 @@ fn a_machine_that_comes_in_is_told_of_and_keeps_others_out() {
     let kept = keep();
     let mut client = Client::connect(&kept.path).unwrap();
     assert_eq!(kept.handle.busy_with(), None);
-    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::new(Line::default()));
+    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::new(Line::default()), Arc::default());
     assert!(kept.handle.busy_with().unwrap().contains("10.0.0.1"));
     kept.handle.incoming_phase(Phase::FirstPass);
     assert_eq!(ask(&mut client, "query-migrate"), json!({ "status": "active" }));
@@ -112,7 +112,7 @@ fn a_machine_that_comes_in_is_told_of_and_keeps_others_out() {
 fn quit_hangs_up_on_a_move_that_can_still_be_called_off() {
     let kept = keep();
     let line = Arc::new(Line::default());
-    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::clone(&line) as Arc<dyn HangUp>);
+    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::clone(&line) as Arc<dyn HangUp>, Arc::default());
     kept.handle.incoming_phase(Phase::Rounds);
     Client::connect(&kept.path).unwrap().execute("quit", json!({})).unwrap();
     let deadline = Instant::now() + LIMIT;
@@ -129,7 +129,7 @@ fn quit_hangs_up_on_a_move_that_can_still_be_called_off() {
 fn quit_waits_for_the_end_of_a_handover_however_often_it_is_asked() {
     let kept = keep();
     let line = Arc::new(Line::default());
-    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::clone(&line) as Arc<dyn HangUp>);
+    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::clone(&line) as Arc<dyn HangUp>, Arc::default());
     kept.handle.incoming_phase(Phase::State);
     let mut client = Client::connect(&kept.path).unwrap();
     for _ in 0..3 {

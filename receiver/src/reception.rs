@@ -57,8 +57,12 @@ impl Reception {
                 continue;
             }
             // From here on the keeper is busy, so the next peer is turned away.
-            let options = DestinationOptions { stop: Arc::default(), ..self.options.clone() };
-            self.keeper.incoming_begins(&control.peer, Arc::new(CallOff(Arc::clone(&options.stop))));
+            let options = DestinationOptions { stop: Arc::default(), abandon: Arc::default(), ..self.options.clone() };
+            self.keeper.incoming_begins(
+                &control.peer,
+                Arc::new(CallOff(Arc::clone(&options.stop))),
+                Arc::clone(&options.abandon),
+            );
             let data = self.listener.incoming_data();
             let reception = Arc::clone(&self);
             let spawned =
@@ -130,7 +134,7 @@ impl Observer for IncomingObserver {
         match event {
             Event::Phase { phase } => self.0.incoming_phase(phase),
             Event::Round(_) => {}
-            Event::Decision { text } => self.0.publish("GODWIT_DECISION", json!({ "text": text })),
+            Event::Decision { text } => self.0.incoming_decision(&text),
         }
     }
 }

@@ -35,7 +35,10 @@ pub(crate) fn resume_force(args: &ResumeArgs, json: bool) -> Result<ExitCode, Fa
 pub(crate) fn abandon(args: &AbandonArgs, json: bool) -> Result<ExitCode, Failure> {
     let mut client = Client::connect(&args.control.path())?;
     let facts = facts(&mut client, "abandon")?;
-    let mut lines = known(&facts);
+    let mut lines = match text(&facts, "owner") {
+        "claiming" => handed_over(&facts),
+        _ => known(&facts),
+    };
     lines.extend(risk_of_abandoning(&facts));
     args.confirm.ask(&lines, text(&facts, "machine"))?;
     said(client.execute("x-godwit-abandon", json!({})))?;
@@ -52,6 +55,10 @@ fn facts(client: &mut Client, verb: &str) -> Result<Value, Failure> {
     let facts = client.execute("x-godwit-query-ownership", json!({ "look": true }))?;
     let why = match text(&facts, "owner") {
         "in-doubt" => return Ok(facts),
+        "claiming" if verb == "abandon" => return Ok(facts),
+        "claiming" => {
+            "it has been handed over to this process, which is claiming it: it runs as soon as that is won".into()
+        }
         "moved" => format!("it has moved to {}", text(&facts, "peer")),
         "coming-in" => format!("a machine is coming in from {}, and is that end's", text(&facts, "peer")),
         "here" => "it is this process's (`status`, `resume`, `quit`)".into(),
@@ -111,6 +118,14 @@ fn known(facts: &Value) -> Vec<String> {
     lines
 }
 
+/// The same at a destination that does not know yet whether it has won the claim.
+fn handed_over(facts: &Value) -> Vec<String> {
+    vec![
+        format!("handed over by {}, and not running here", text(facts, "peer")),
+        format!("what it waits for: {}", text(facts, "waiting")),
+    ]
+}
+
 fn risk_of_resuming(facts: &Value) -> Vec<String> {
     let there = host(facts);
     let next = facts["newest"]["epoch"].as_u64().map(|epoch| epoch.saturating_add(1));
@@ -143,8 +158,13 @@ fn risk_of_abandoning(facts: &Value) -> Vec<String> {
     vec![
         "This ends the process here. The guest's memory that is paused in it is gone for good.".into(),
         format!(
-            "RISK: if {} does not have the machine, nobody has: what was only in its memory is lost, and it can only be booted from its disks.",
-            host(facts)
+            "RISK: if {} does not have the machine, nobody has: what was only in its memory is lost, and it can only be booted from its disks.{}",
+            host(facts),
+            match text(facts, "owner") {
+                "claiming" =>
+                    " A claim of this end may still come to be: then that end waits until a person says who is dead.",
+                _ => "",
+            }
         ),
     ]
 }

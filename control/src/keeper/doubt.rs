@@ -4,6 +4,7 @@
 //! it never ran the guest and never will, `abandon` that the copy here is never to run.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -63,7 +64,7 @@ fn facts(state: &State) -> Value {
         }
         (Ownership::Here, Some(_), _) => facts["owner"] = json!("here"),
         (Ownership::Here, None, Some(incoming)) => {
-            facts["owner"] = json!("coming-in");
+            facts["owner"] = json!(if incoming.is_in_doubt() { "claiming" } else { "coming-in" });
             facts["peer"] = json!(incoming.peer);
             facts["waiting"] = json!(incoming.decision);
         }
@@ -145,6 +146,12 @@ fn wait_until_it_is_here(shared: &Shared) -> Result<(), QmpError> {
 pub(super) fn abandon(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
     let NoArguments {} = arguments(command, given)?;
     let state = shared.state();
+    if let Some(incoming) = state.incoming.as_ref().filter(|incoming| incoming.is_in_doubt()) {
+        tracing::warn!("a person says that the copy of the machine that came from {} is never to run", incoming.peer);
+        // The end of the attempt to take it in is told as that of every other.
+        incoming.abandon.store(true, Ordering::Release);
+        return Ok(json!({}));
+    }
     let doubt = in_doubt(&state)?;
     if state.holding.as_ref().is_some_and(|holding| !holding.abandon()) {
         return Err(QmpError::generic("it has just been decided who has the machine: look again (`status`)"));

@@ -22,6 +22,7 @@ mod state;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -316,9 +317,11 @@ impl KeeperHandle {
         let _ = self.0.wake.send(Wake::Lost(why.to_owned()));
     }
 
-    /// A machine begins to come in from `peer`; `hang_up` turns it away.
-    pub fn incoming_begins(&self, peer: &str, hang_up: Arc<dyn HangUp>) {
-        self.0.state().incoming = Some(Incoming { peer: peer.to_owned(), phase: None, hang_up, decision: None });
+    /// A machine begins to come in from `peer`; `hang_up` turns it away, and `abandon` says of one that has been handed over,
+    /// while the claims do not say whose it is, that the copy here is never to run.
+    pub fn incoming_begins(&self, peer: &str, hang_up: Arc<dyn HangUp>, abandon: Arc<AtomicBool>) {
+        let peer = peer.to_owned();
+        self.0.state().incoming = Some(Incoming { peer, phase: None, hang_up, abandon, decision: None });
         self.0.hub.publish("MIGRATION", json!({ "status": "setup" }));
     }
 
@@ -328,6 +331,9 @@ impl KeeperHandle {
         let before = {
             let mut state = self.0.state();
             let Some(incoming) = &mut state.incoming else { return };
+            if incoming.phase != Some(phase) {
+                incoming.decision = None;
+            }
             incoming.phase.replace(phase).map_or("setup", moves::status_of)
         };
         if status != before && status != "completed" {

@@ -1,5 +1,6 @@
 //! What the keeper's threads share.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -84,8 +85,17 @@ pub(super) struct Incoming {
     pub(super) peer: String,
     pub(super) phase: Option<Phase>,
     pub(super) hang_up: Arc<dyn HangUp>,
+    /// A person's word that the copy here is never to run.
+    pub(super) abandon: Arc<AtomicBool>,
     /// What was last decided about it; in a handover, what it waits for.
     pub(super) decision: Option<String>,
+}
+
+impl Incoming {
+    /// Whether it has been handed over and the claims do not say yet whose it is.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.phase == Some(Phase::Commit) && self.decision.is_some()
+    }
 }
 
 impl Shared {

@@ -38,6 +38,7 @@ fn main() {
         harness::test("unreachable_at_the_destination_for_a_while", needs, unreachable_at_the_destination),
         harness::test("a_server_that_stands_still_at_the_destination", needs, a_server_that_stands_still),
         harness::test("unreachable_at_the_destination_for_longer", needs, unreachable_at_the_destination_for_longer),
+        harness::test("a_waiting_destination_is_abandoned", needs, a_waiting_destination_is_abandoned),
         harness::test("a_late_claim_after_the_take_back", needs, a_late_claim_after_the_take_back),
         harness::test("unreachable_at_both_for_a_while", needs, unreachable_at_both),
         harness::test("unreachable_at_both_for_longer", needs, unreachable_at_both_for_longer),
@@ -126,6 +127,24 @@ fn unreachable_at_the_destination_for_longer(scene: &Scene) -> Result<()> {
     held.source.ensure_guest_runs(WORKLOAD.vcpus)?;
     ensure!(held.destination.process.is_running()?, "it cannot know yet that it has lost");
     shared.there.set(Mode::Normal)?;
+    held.ensure_taken_back()
+}
+
+/// A person says that the copy at the destination is never to run, while nobody knows whose it is. `status` says what is waited for.
+fn a_waiting_destination_is_abandoned(scene: &Scene) -> Result<()> {
+    let shared = Shared::new(scene)?;
+    let mut held = shared.hold(HASTY)?;
+    held.destination.command(&["abandon"], &["--yes"], LIMIT)?.ensure_code(3)?.ensure_says(&["coming in"])?;
+    shared.there.set(Mode::Unreachable)?;
+    held.release()?;
+    wait::until_true("the destination says what it waits for", LIMIT, || {
+        Ok(held.destination.command(&["status"], &["--json"], LIMIT)?.stdout.contains("it is not known yet"))
+    })?;
+    held.destination.command(&["abandon"], &[], LIMIT)?.ensure_code(3)?.ensure_says(&["RISK", "--yes"])?;
+    ensure!(held.destination.process.is_running()?, "nothing was said that counts");
+    held.destination.command(&["abandon"], &["--yes"], LIMIT)?.ensure_code(0)?;
+    shared.there.set(Mode::Normal)?;
+    held.ended()?.ensure_code(4)?;
     held.ensure_taken_back()
 }
 
