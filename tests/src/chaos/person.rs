@@ -4,9 +4,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::claims;
 use super::plan::Plan;
-use super::world::{END_LIMIT, HOSTS, WORKLOAD, World};
-use crate::clock::monotonic_ns;
-use crate::wait;
+use super::world::{END_LIMIT, HOSTS, World};
 
 /// What a process ends with whose machine was started anew elsewhere.
 const EXIT_LOST: i32 = 7;
@@ -16,10 +14,6 @@ pub fn succeed(world: &mut World<'_>, plan: &Plan) -> Result<()> {
     let newest = claims::newest(&world.stores.claims())?;
     let home = HOSTS.iter().position(|&host| host == newest.host).context("the newest claim is nobody's")?;
     let other = 1 - home;
-    let source_waits = world.owner.node.process.is_running()?;
-    if source_waits && plan.force && force(world)? {
-        return Ok(());
-    }
     let source_waits = world.owner.node.process.is_running()?;
     let leave_it = source_waits && plan.second_start;
     if source_waits && !leave_it {
@@ -44,31 +38,6 @@ pub fn succeed(world: &mut World<'_>, plan: &Plan) -> Result<()> {
     world.watch.remove(former.id);
     world.dismiss_peer();
     Ok(())
-}
-
-/// Nobody saw the guest run at the destination before that died: it runs on at the source. Whether it could: there may be a marker.
-fn force(world: &mut World<'_>) -> Result<bool> {
-    if world.peer.as_ref().is_none_or(|peer| world.watch.proven_ns(peer.id).is_some()) {
-        return Ok(false);
-    }
-    let since_ns = monotonic_ns();
-    let forced = world.owner.node.command(&["resume"], &["--force", "--yes"], END_LIMIT)?;
-    if forced.code != 0 {
-        let newest = claims::newest(&world.stores.claims())?;
-        ensure!(newest.running, "a machine whose guest has run nowhere else cannot be forced to resume: {forced}");
-        world
-            .owner
-            .node
-            .process
-            .wait(END_LIMIT)
-            .context("the claims say that the guest has run elsewhere, and its old copy stays")?;
-        return Ok(false);
-    }
-    let runs = || Ok(world.watch.runs_since(world.owner.id, since_ns));
-    wait::until_true("a guest that was forced to resume runs", END_LIMIT, runs)?;
-    world.owner.node.ensure_guest_unharmed(&WORKLOAD).context("a guest that was forced to resume")?;
-    world.dismiss_peer();
-    Ok(true)
 }
 
 /// Everybody goes, and the machine is started anew.

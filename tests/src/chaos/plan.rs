@@ -50,8 +50,6 @@ pub struct Plan {
     pub faults: Vec<Fault>,
     /// Afterwards somebody tries to start the machine a second time, which has to be refused.
     pub second_start: bool,
-    /// If the destination dies before anybody saw it run the guest, a person lets it run on at the source.
-    pub force: bool,
     /// If its owner dies, a person starts the machine at the other host.
     pub restart_elsewhere: bool,
 }
@@ -114,7 +112,6 @@ impl Plan {
             faults,
             second_start: dice.chance(12),
             restart_elsewhere: dice.chance(40),
-            force: dice.chance(50),
         }
     }
 }
