@@ -128,8 +128,9 @@ fn the_audit_finds_a_lost_write(scene: &Scene) -> Result<()> {
 /// Each try takes dirty bits that it does not get to send, at another point; the last one goes to another host. The guest writes flat out.
 fn dirty_bits_survive_every_retry(scene: &Scene) -> Result<()> {
     const CHANNELS: [&str; 2] = ["--channels", "4"];
-    // So slow that there are rounds to be in.
-    const SLOW: [&str; 4] = ["--max-bandwidth", "2Gbit", "--downtime-limit", "1ms"];
+    // So slow that there are rounds to be in; and a limit that is not below what a pause takes on a busy machine with nothing left
+    // to send, because then the move would be given up at once.
+    const SLOW: [&str; 4] = ["--max-bandwidth", "2Gbit", "--downtime-limit", "20ms"];
     let workload = Workload { vcpus: 2, rate: "max", ..Workload::default() };
     let source = Node::sender(scene, "source", None, &workload, &[])?;
     let first = Node::receiver(scene, "first", None, TCP, &[])?;
