@@ -254,11 +254,11 @@ mod tests {
     fn other_versions_and_roles_are_refused() {
         let mut bytes = Preamble::Control.encode();
         bytes[8] = 2;
-        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { major: 2, minor: 0 }));
+        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { major: 2, minor: MINOR }));
         let mut bytes = Preamble::Control.encode();
         bytes[10] = 9;
         assert_eq!(Preamble::decode(&bytes), Ok(Preamble::Control), "a later minor version is compatible");
-        for role in [0, 3, 255] {
+        for role in [0, 4, 255] {
             let mut bytes = Preamble::Control.encode();
             bytes[12] = role;
             assert!(matches!(Preamble::decode(&bytes), Err(PreambleError::Field { field: "role", .. })));

@@ -138,7 +138,7 @@ fn data_channels_find_their_session_and_no_other() {
         let (ours, theirs) = (SessionToken([1; 16]), SessionToken([2; 16]));
 
         let early = dial.data(ours, 0, LIMIT).err().unwrap();
-        assert!(early.to_string().contains("expects no data channel"), "{uri}: {early}");
+        assert!(early.to_string().contains("knows no session"), "{uri}: {early}");
 
         incoming.expect(ours);
         let wrong = dial.data(theirs, 0, LIMIT).err().unwrap();

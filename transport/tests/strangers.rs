@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use godwit_core::SessionToken;
 use godwit_transport::limits::{PREAMBLE_LIMIT, PREAMBLES_AT_ONCE};
-use godwit_transport::preamble::{ANSWER_BYTES, Preamble, decode_answer};
+use godwit_transport::preamble::{ANSWER_BYTES, MAJOR, MINOR, Preamble, decode_answer};
 use godwit_transport::{Listener, Options, Uri, connect, listen};
 
 fn tcp() -> (Listener, String) {
@@ -82,7 +82,7 @@ fn another_version_is_told_ours() {
     stream.write_all(&preamble).unwrap();
     let answer: [u8; ANSWER_BYTES] = read_to_close(&mut stream).try_into().unwrap();
     let refusal = decode_answer(&answer).unwrap().unwrap_err().to_string();
-    assert!(refusal.contains("version 1.0"), "{refusal}");
+    assert!(refusal.contains(&format!("version {MAJOR}.{MINOR}")), "{refusal}");
     a_proper_peer_gets_in(&listener);
 }
 

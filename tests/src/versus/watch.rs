@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn guest_time_is_left_out_and_names_may_hold_anything() {
-        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 0 0 0 100 50 0 0 20 0 1 0 1 1 1 1 1 1 1 1 1 0 0 0 0 0 0 17 1 0 0 0 30 0 0";
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 0 0 0 100 50 0 0 20 0 1 0 1 1 1 1 1 1 1 1 1 0 0 0 0 0 0 0 17 1 0 0 0 30 0 0";
         assert_eq!(cpu_ticks(stat), Some(120));
         assert_eq!(cpu_ticks("nonsense"), None);
     }
