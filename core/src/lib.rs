@@ -17,6 +17,7 @@
 //! | [`ownership`] | who may run a machine: claims on shared storage, the rules of the handover |
 //! | [`progress`] | what a move says of itself while it runs and when it has ended |
 //! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
+//! | [`predict`] | how a move will go, before it begins |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`delta`], [`bases`] | pages as differences from what was sent before |
 //! | [`layout`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
@@ -41,6 +42,7 @@ pub mod pending;
 pub mod phase;
 pub mod plants;
 pub mod policy;
+pub mod predict;
 pub mod progress;
 pub mod source;
 pub mod table;

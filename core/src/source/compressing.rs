@@ -11,7 +11,7 @@ const AUTO_LEVEL: ZstdLevel = ZstdLevel(1);
 const AUTO_SAMPLE_STRIPES: u32 = 32;
 
 /// Whether looking for what need not be sent is quicker than sending it.
-pub(super) fn is_slow(bytes_per_s: Option<u64>) -> bool {
+pub(crate) fn is_slow(bytes_per_s: Option<u64>) -> bool {
     bytes_per_s.is_some_and(|rate| rate <= COMPRESS_BELOW_BYTES_PER_S)
 }
 

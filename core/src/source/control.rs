@@ -26,8 +26,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use self::ending::Ending;
+pub use self::measured::HANDOVER_TRIPS;
 use self::measured::{Clock, FixedCost};
 use self::reconnecting::{LastBreak, Reconnecting};
+pub(crate) use self::rounds::TELLING_ROUND_BYTES;
 pub use self::vocabulary::{Action, Done, Input, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
 use crate::channel::SessionToken;

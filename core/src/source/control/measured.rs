@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// Messages in sequence between the end of the final pages and *running*: table, ready, commit, running.
-const HANDOVER_TRIPS: u32 = 2;
+pub const HANDOVER_TRIPS: u32 = 2;
 
 /// The peer's clock, by the sample with the shortest round trip.
 #[derive(Default)]

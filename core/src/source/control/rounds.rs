@@ -7,7 +7,7 @@ use crate::policy::{Decision, Limits, RoundEnd};
 use crate::progress::RoundReport;
 
 /// Rounds that sent less say little about the rate.
-const TELLING_ROUND_BYTES: u64 = 256 << 10;
+pub(crate) const TELLING_ROUND_BYTES: u64 = 256 << 10;
 
 impl SourceControl {
     pub(super) fn begin_round(&mut self) {

@@ -1,0 +1,166 @@
+//! What a person wants to know of a move beforehand: does it converge and how surely, how long, how many bytes, which pause.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::rounds::{Path, PredictedRound, Prediction, Workload, predict, shortest_pause};
+use crate::policy::{Decision, Limits};
+
+/// A guest that may write a tenth faster, or must write a tenth slower, is called a border case.
+const BORDER: f64 = 0.1;
+/// Speeds that are looked at, as powers of 2: from a thousandth to a thousand times the measured one.
+const MOST_DOUBLINGS: f64 = 10.0;
+/// To a thousandth.
+const HALVINGS: u32 = 14;
+
+/// A value and what it may be instead.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Band {
+    /// If the guest writes less than on average.
+    pub low: f64,
+    /// What is predicted.
+    pub likely: f64,
+    /// If it writes more.
+    pub high: f64,
+}
+
+/// How a move will go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Forecast {
+    /// The downtime limit is met in time.
+    pub converges: bool,
+    /// The border is near: within a tenth of the guest's write rate.
+    pub border: bool,
+    /// How many times as fast the guest could write and the move still converge. Absent: however fast. 0: it cannot, however slowly.
+    pub margin: Option<f64>,
+    /// Why it does not converge, if it does not: the policy's own words.
+    pub why: Option<String>,
+    /// Until the guest runs at the destination, or the move is given up.
+    pub total_s: Band,
+    /// The pause; if it does not converge, what it would be in the end.
+    pub pause_ms: Band,
+    /// Over the link.
+    pub wire_bytes: Band,
+    /// Each round, the first pass included.
+    pub rounds: Vec<PredictedRound>,
+    /// The shortest pause within reach.
+    pub shortest_pause_ms: f64,
+}
+
+/// Forecasts for one bandwidth.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// B_c.
+    pub bandwidth_bytes_per_s: f64,
+    /// The shortest pause within reach.
+    pub shortest_pause_ms: f64,
+    /// One for each downtime limit.
+    pub cells: Vec<Cell>,
+}
+
+/// One combination of bandwidth and downtime limit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// The longest pause to aim for.
+    pub downtime_limit_ms: f64,
+    /// It is met in time.
+    pub converges: bool,
+    /// Until the guest runs at the destination, or the move is given up.
+    pub total_s: f64,
+    /// The pause.
+    pub pause_ms: f64,
+    /// Over the link.
+    pub wire_bytes: f64,
+}
+
+impl Forecast {
+    /// Of `workload`, whose counts differ from window to window by a share of `spread` (one standard deviation).
+    pub fn new(workload: &Workload, spread: f64, path: &Path, limits: &Limits) -> Self {
+        let likely = predict(workload, path, limits);
+        let others = match spread > 0.0 {
+            true => vec![
+                predict(&workload.scaled((1.0 - spread).max(0.0)), path, limits),
+                predict(&workload.scaled(1.0 + spread), path, limits),
+            ],
+            false => Vec::new(),
+        };
+        let band = |value: &dyn Fn(&Prediction) -> f64| {
+            let likely = value(&likely);
+            let all = || others.iter().map(value).chain([likely]);
+            Band { low: all().fold(f64::MAX, f64::min), likely, high: all().fold(f64::MIN, f64::max) }
+        };
+        let margin = highest_speed(workload, path, limits);
+        Self {
+            converges: likely.converges(),
+            border: margin.is_some_and(|speed| (speed - 1.0).abs() <= BORDER),
+            margin,
+            why: match &likely.end {
+                Decision::GiveUp(why) | Decision::ForceStop(why) => Some(why.clone()),
+                _ => None,
+            },
+            total_s: band(&|prediction| prediction.total.as_secs_f64()),
+            pause_ms: band(&|prediction| prediction.pause.as_secs_f64() * 1e3),
+            wire_bytes: band(&|prediction| prediction.wire_bytes),
+            shortest_pause_ms: shortest_pause(workload, path, limits.max_rounds).as_secs_f64() * 1e3,
+            rounds: likely.rounds,
+        }
+    }
+}
+
+impl Prediction {
+    /// Whether the downtime limit is met in time.
+    pub fn converges(&self) -> bool {
+        self.end == Decision::Stop
+    }
+}
+
+/// How many times as fast as it does the guest may write for downtime limit and time budget to be met. `None`: however fast. 0: they
+/// cannot be met even by a guest that hardly writes.
+pub fn highest_speed(workload: &Workload, path: &Path, limits: &Limits) -> Option<f64> {
+    let converges = |doublings: f64| predict(&workload.at_speed(doublings.exp2()), path, limits).converges();
+    let (mut met, mut missed) = (-MOST_DOUBLINGS, MOST_DOUBLINGS);
+    if converges(missed) {
+        return None;
+    }
+    if !converges(met) {
+        return Some(0.0);
+    }
+    for _ in 0..HALVINGS {
+        let middle = (met + missed) / 2.0;
+        match converges(middle) {
+            true => met = middle,
+            false => missed = middle,
+        }
+    }
+    Some(met.exp2())
+}
+
+/// A forecast in short for each bandwidth and downtime limit; `path` says all but the bandwidths.
+pub fn table(
+    workload: &Workload,
+    path: &Path,
+    limits: &Limits,
+    bandwidths: &[f64],
+    downtimes: &[Duration],
+) -> Vec<Row> {
+    let row = |&bandwidth_bytes_per_s: &f64| {
+        let path = Path { bandwidth_bytes_per_s, switchover_bytes_per_s: bandwidth_bytes_per_s, ..*path };
+        let cell = |&downtime: &Duration| {
+            let prediction = predict(workload, &path, &Limits { downtime, ..*limits });
+            Cell {
+                downtime_limit_ms: downtime.as_secs_f64() * 1e3,
+                converges: prediction.converges(),
+                total_s: prediction.total.as_secs_f64(),
+                pause_ms: prediction.pause.as_secs_f64() * 1e3,
+                wire_bytes: prediction.wire_bytes,
+            }
+        };
+        Row {
+            bandwidth_bytes_per_s,
+            shortest_pause_ms: shortest_pause(workload, &path, limits.max_rounds).as_secs_f64() * 1e3,
+            cells: downtimes.iter().map(cell).collect(),
+        }
+    };
+    bandwidths.iter().map(row).collect()
+}
