@@ -120,9 +120,7 @@ impl ChannelEncoder {
             return Encoded::Same;
         }
         if is_zero(&self.page) {
-            self.counts.zero += 1;
-            self.zero(offset);
-            return Encoded::Zero;
+            return self.zero_page(offset);
         }
         if self.delta(offset, base) {
             self.counts.delta += 1;
@@ -177,13 +175,18 @@ impl ChannelEncoder {
         if is_zero(page_mut(&mut self.out, page_at)) {
             // What was made room for goes again: the page's place, and the header's if it was the run's first.
             self.out.truncate(if self.run.is_none() { header_at } else { page_at });
-            self.counts.zero += 1;
-            self.zero(offset);
-            return Encoded::Zero;
+            return self.zero_page(offset);
         }
         let run = self.run.get_or_insert(Run { header_at, frame, pages: 0 });
         run.pages += 1;
         Encoded::Contents(page_mut(&mut self.out, page_at))
+    }
+
+    /// Encodes the page at `offset` in the stripe, which is known to be all zeros.
+    pub fn zero_page(&mut self, offset: usize) -> Encoded<'_> {
+        self.counts.zero += 1;
+        self.zero(offset);
+        Encoded::Zero
     }
 
     /// Ends the stripe: all of its pages are in the output.

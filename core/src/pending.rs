@@ -1,6 +1,6 @@
 //! The pages that are still to be sent.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestRegionMmap, MmapRegion};
@@ -10,6 +10,10 @@ use crate::machine::{DirtyLog, MachineError};
 use crate::memory::GuestMemory;
 use crate::plants::{Plant, planted};
 
+/// From how many pages in a stripe on that the VMM has marked since the last harvest some may have been discarded: a guest gives
+/// back large pieces, devices write small ones, and looking for holes costs time.
+const HOLES_FROM_PAGES: u32 = 64;
+
 /// One bit for every slot: set by harvests, taken by the channels' workers.
 ///
 /// The order that loses nothing: a worker takes a stripe's bits, clears exactly those in the dirty log, and copies
@@ -17,12 +21,17 @@ use crate::plants::{Plant, planted};
 #[derive(Debug)]
 pub struct Pending {
     words: Vec<AtomicU64>,
+    /// Stripes in which pages may have been discarded since they were last visited.
+    holes: Vec<AtomicBool>,
 }
 
 impl Pending {
     /// Nothing pending.
     pub fn new(layout: &Layout) -> Self {
-        Self { words: (0..layout.stripes() * STRIPE_WORDS).map(|_| AtomicU64::new(0)).collect() }
+        Self {
+            words: (0..layout.stripes() * STRIPE_WORDS).map(|_| AtomicU64::new(0)).collect(),
+            holes: (0..layout.stripes()).map(|_| AtomicBool::new(false)).collect(),
+        }
     }
 
     /// Marks every page.
@@ -54,6 +63,11 @@ impl Pending {
             0 => 0,
             _ => words[index].swap(0, Ordering::AcqRel),
         })
+    }
+
+    /// Whether pages of a stripe may have been discarded since this was last asked.
+    pub fn take_holes(&self, stripe: usize) -> bool {
+        self.holes[stripe].swap(false, Ordering::AcqRel)
     }
 
     /// A stripe's bits, which stay.
@@ -94,8 +108,8 @@ impl Harvester {
         for (region, (words, mapping)) in self.words.iter_mut().zip(memory.iter()).enumerate() {
             words.fill(0);
             log.harvest(region, words)?;
-            merge_vmm_writes(mapping, words);
             let first_stripe = layout.region_first_stripe(region);
+            merge_vmm_writes(mapping, words, &pending.holes[first_stripe..]);
             for (index, chunk) in words.chunks(STRIPE_WORDS).enumerate() {
                 let mut bits = StripeBits::default();
                 bits[..chunk.len()].copy_from_slice(chunk);
@@ -108,14 +122,19 @@ impl Harvester {
     }
 }
 
-/// The bitmap's own page size is the host's base page size, which is that of the dirty log on x86-64.
-fn merge_vmm_writes(region: &GuestRegionMmap<AtomicBitmap>, words: &mut [u64]) {
+/// The bitmap's own page size is the host's base page size, which is that of the dirty log on x86-64. `holes` begins with the
+/// region's first stripe.
+fn merge_vmm_writes(region: &GuestRegionMmap<AtomicBitmap>, words: &mut [u64], holes: &[AtomicBool]) {
     if planted(Plant::ForgetVmmWrites) {
         return;
     }
     let region: &MmapRegion<AtomicBitmap> = region;
-    for (word, vmm) in words.iter_mut().zip(region.bitmap().get_and_reset()) {
-        *word |= vmm;
+    let marked = region.bitmap().get_and_reset();
+    for ((words, marked), holes) in words.chunks_mut(STRIPE_WORDS).zip(marked.chunks(STRIPE_WORDS)).zip(holes) {
+        words.iter_mut().zip(marked).for_each(|(word, marked)| *word |= marked);
+        if marked.iter().map(|word| word.count_ones()).sum::<u32>() >= HOLES_FROM_PAGES {
+            holes.store(true, Ordering::Release);
+        }
     }
 }
 
@@ -177,6 +196,21 @@ mod tests {
         assert_eq!(pending.count(), 0);
         harvester.harvest(&layout, &log, &memory, &pending).unwrap();
         assert_eq!(pending.count(), 2, "the VMM's writes were taken, the log's are not cleared by a harvest");
+    }
+
+    #[test]
+    fn holes_are_looked_for_where_the_vmm_has_marked_many_pages() {
+        let regions = [RegionDescription { guest_address: 0, size_bytes: 6 << 20 }];
+        let layout = Layout::new(&regions).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 6 << 20)]).unwrap();
+        forget_vmm_writes(&memory);
+        // A few pages of the first stripe, none of the second, a large piece of the third.
+        memory.write_slice(&[0; 63 << 12], GuestAddress(0)).unwrap();
+        memory.write_slice(&[0; 64 << 12], GuestAddress((4 << 20) + (100 << 12))).unwrap();
+        let pending = Pending::new(&layout);
+        Harvester::new(&layout).harvest(&layout, &Fixed(vec![vec![!0; 24]]), &memory, &pending).unwrap();
+        assert_eq!([0, 1, 2].map(|stripe| pending.take_holes(stripe)), [false, false, true]);
+        assert!(!pending.take_holes(2));
     }
 
     #[test]

@@ -97,7 +97,7 @@ pub struct PageCounts {
     pub delta: u64,
     /// Dirtied, and found to be what had been sent before: not sent again.
     pub same: u64,
-    /// Left out because nothing ever touched them.
+    /// Left out because nothing ever touched them, or the guest had given them back, before they were sent. Counted each time.
     pub untouched: u64,
 }
 

@@ -12,7 +12,8 @@ use godwit_core::destination::receiving::Received;
 use godwit_core::destination::{DestinationPages, ReceivingChannel};
 use godwit_core::layout::{Layout, Stripe, StripeBits};
 use godwit_core::machine::RegionDescription;
-use godwit_core::pending::{Harvester, Pending, forget_vmm_writes};
+use godwit_core::pending::{Harvester, Pending};
+use godwit_core::progress::PageCounts;
 use godwit_core::source::sending::{BrokenOff, Order, Pace, Polled, Report, break_off};
 use godwit_core::source::{Compression, SendingChannel, SourcePages, Unacknowledged};
 use godwit_core::table::{PageHasher, PageTable};
@@ -25,6 +26,13 @@ use vm_memory::{Bytes, GuestAddress};
 /// Two stripes and a half, and one more beyond a gap.
 const REGIONS: [(u64, usize); 2] = [(0, 5 << 20), (1 << 30, 2 << 20)];
 const CHANNELS: usize = 2;
+const PAGES: usize = (REGIONS[0].1 + REGIONS[1].1) / PAGE_SIZE;
+
+/// The region of a page, and its number there.
+fn place(page: usize) -> (usize, usize) {
+    let first = REGIONS[0].1 / PAGE_SIZE;
+    if page < first { (0, page) } else { (1, page - first) }
+}
 
 /// One bit for every page that the guest has written since it was cleared.
 #[derive(Default)]
@@ -134,8 +142,7 @@ impl Scene {
 
     /// The guest writes a page: zeros, one byte, noise, or a word of what is there.
     fn write(&self, page: usize, value: u64) {
-        let first = REGIONS[0].1 / PAGE_SIZE;
-        let (region, page) = if page < first { (0, page) } else { (1, page - first) };
+        let (region, page) = place(page);
         let address = REGIONS[region].0 + (page * PAGE_SIZE) as u64;
         let mut there = vec![0; PAGE_SIZE];
         self.memory.read_slice(&mut there, GuestAddress(address)).unwrap();
@@ -148,11 +155,20 @@ impl Scene {
             }
             _ => (0..PAGE_SIZE as u64).map(|at| (value.wrapping_mul(at * at + 1) >> 24) as u8).collect(),
         };
-        self.memory.write_slice(&contents, GuestAddress(address)).unwrap();
         // The guest's own writes are in its log, not in the VMM's bitmap.
-        forget_vmm_writes(&self.memory);
+        let slot = self.source.view.layout().slot_of(address / PAGE_SIZE as u64, 1).unwrap();
+        self.source.view.write_page(slot, contents.as_slice().try_into().unwrap());
         self.log.0.lock().unwrap().insert((region, page as u64));
         self.touched.0.lock().unwrap().insert(address / PAGE_SIZE as u64);
+    }
+
+    /// The guest gives pages back: the VMM discards them, and marks them.
+    fn give_back(&self, first: usize, count: usize) {
+        for (region, page) in (first..(first + count).min(PAGES)).map(place) {
+            let address = REGIONS[region].0 + (page * PAGE_SIZE) as u64;
+            self.memory.write_slice(&[0; PAGE_SIZE], GuestAddress(address)).unwrap();
+            self.touched.0.lock().unwrap().remove(&(address / PAGE_SIZE as u64));
+        }
     }
 
     fn harvest(&mut self) -> u64 {
@@ -224,6 +240,19 @@ impl Scene {
         }
     }
 
+    fn counts(&self) -> PageCounts {
+        let add = |sum: PageCounts, channel: &SendingChannel| {
+            let more = channel.counts();
+            PageCounts {
+                raw: sum.raw + more.raw,
+                zero: sum.zero + more.zero,
+                untouched: sum.untouched + more.untouched,
+                ..sum
+            }
+        };
+        self.sending.iter().fold(PageCounts::default(), add)
+    }
+
     fn ended(&mut self) -> (u64, u64) {
         let sent = self.run(Order::Final, None).unwrap().into_iter().fold(0u64, |sum, report| match report {
             Report::Ended(share) => sum.wrapping_add(share),
@@ -249,6 +278,11 @@ impl Scene {
     }
 }
 
+/// Pages that are given back, after which some are written again.
+fn given_back() -> impl Strategy<Value = Vec<(usize, usize)>> {
+    prop::collection::vec((0..PAGES, prop_oneof![1usize..70, Just(512)]), 0..4)
+}
+
 fn writes() -> impl Strategy<Value = Vec<(usize, u64)>> {
     prop::collection::vec((0usize..7 * 256, any::<u64>()), 0..300)
 }
@@ -262,25 +296,55 @@ fn cut() -> impl Strategy<Value = Cut> {
     })
 }
 
+#[test]
+fn what_was_given_back_is_not_read_and_sent_only_as_zeros_where_something_was_sent_before() {
+    for in_the_pause in [false, true] {
+        let mut scene = Scene::new(Compression::None, None);
+        (0..300).for_each(|page| scene.write(page, 1));
+        scene.run(Order::Round { first: true }, None).unwrap();
+        scene.harvest();
+        let before = scene.counts();
+        scene.give_back(100, 400);
+        // If one of them were read, this would arrive.
+        for page in 100..500 {
+            scene.source.view.write_page(page, &[7; PAGE_SIZE]);
+        }
+        scene.harvest();
+        let order = if in_the_pause { Order::Final } else { Order::Round { first: false } };
+        scene.run(order, None).unwrap();
+        let after = scene.counts();
+        let left = (after.raw - before.raw, after.zero - before.zero, after.untouched - before.untouched);
+        assert_eq!(left, (0, 200, 200), "in the pause: {in_the_pause}");
+        let mut page = [1; PAGE_SIZE];
+        for offset in 100..500 {
+            scene.destination.view.copy_page(&scene.destination.view.layout().stripe(0), offset, &mut page);
+            assert_eq!(page, [0; PAGE_SIZE]);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
     fn invariant_4_whatever_breaks_what_arrives_is_what_was_last_sent(
-        rounds in prop::collection::vec((writes(), prop::option::of(cut())), 1..6),
-        in_the_pause in prop::option::of(cut()), last in writes(), zstd: bool,
+        rounds in prop::collection::vec((writes(), given_back(), writes(), prop::option::of(cut())), 1..6),
+        in_the_pause in prop::option::of(cut()), last_given_back in given_back(), last in writes(), zstd: bool,
         bases in prop::option::of(prop_oneof![Just(0u64), 0u64..200]),
     ) {
         let compression = if zstd { Compression::Zstd(1) } else { Compression::None };
         let mut scene = Scene::new(compression, bases.map(|pages| pages * PAGE_SIZE as u64));
-        for (index, (writes, cut)) in rounds.iter().enumerate() {
+        for (index, (writes, given_back, again, cut)) in rounds.iter().enumerate() {
             writes.iter().for_each(|&(page, value)| scene.write(page, value));
+            given_back.iter().for_each(|&(page, count)| scene.give_back(page, count));
+            again.iter().for_each(|&(page, value)| scene.write(page, value));
             let _ = scene.run(Order::Round { first: index == 0 }, cut.as_ref());
             scene.harvest();
         }
         if let Some(cut) = &in_the_pause {
             let _ = scene.run(Order::Final, Some(cut));
         }
+        last_given_back.iter().for_each(|&(page, count)| scene.give_back(page, count));
         last.iter().for_each(|&(page, value)| scene.write(page, value));
         scene.harvest();
         let (sent, applied) = scene.ended();

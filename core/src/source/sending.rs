@@ -122,8 +122,7 @@ pub struct SendingChannel {
     /// Pages that were sent as zeros are zeros at the destination: not certain any more once a link broke.
     zeros_arrived: bool,
     work: Work,
-    /// The stripe that is being encoded, and its pages that are not yet.
-    current: Option<(Stripe, StripeBits)>,
+    current: Option<Current>,
     /// All that is in the output is to be written before anything is added to it.
     flush: bool,
     /// Sent since the last mark.
@@ -135,6 +134,15 @@ pub struct SendingChannel {
     untouched: u64,
     /// Pages of this round that had been sent before.
     again: u64,
+}
+
+/// The stripe that is being encoded.
+struct Current {
+    stripe: Stripe,
+    /// Its pages that are not yet.
+    rest: StripeBits,
+    /// Of those, pages that were holes: zeros, though something else was sent before.
+    holes: StripeBits,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -308,7 +316,7 @@ impl SendingChannel {
 
     /// What was taken to be sent and has not been encoded is pending as before.
     fn put_back(&mut self, pending: &Pending) {
-        if let Some((stripe, rest)) = self.current.take() {
+        if let Some(Current { stripe, rest, .. }) = self.current.take() {
             pending.merge(Layout::stripe_of_slot(stripe.first_slot), &rest);
         }
     }
@@ -342,20 +350,23 @@ impl SendingChannel {
             return Ok(());
         }
         let stripe = pages.view.layout().stripe(index);
-        if let Visit::Round { first, .. } = visit {
+        let first = matches!(visit, Visit::Round { first: true, .. });
+        let look_for_holes = pages.pending.take_holes(index) || first;
+        let early = first && planted(Plant::JudgeBeforeClear);
+        let mut holes = StripeBits::default();
+        if early {
+            holes = self.leave_out_untouched(&stripe, &mut bits, pages);
+        }
+        if let Visit::Round { .. } = visit {
             // The order that loses nothing: bits were taken, now the log is cleared, then pages are copied.
             let words = stripe.pages.div_ceil(64).min(STRIPE_WORDS);
             let cleared = if planted(Plant::ClearBeforeHarvest) { stripe.all() } else { bits };
-            let early = first && planted(Plant::JudgeBeforeClear);
-            if early {
-                self.leave_out_untouched(&stripe, &mut bits, pages);
-            }
             if !planted(Plant::CopyBeforeClear) {
                 log.clear(stripe.region, stripe.first_page, &cleared[..words])?;
             }
-            if first && !early {
-                self.leave_out_untouched(&stripe, &mut bits, pages);
-            }
+        }
+        if look_for_holes && !early {
+            holes = self.leave_out_untouched(&stripe, &mut bits, pages);
         }
         self.open.push(Sent { stripe: index, bits });
         let cap = pace.bytes_per_s.filter(|_| self.is_paced());
@@ -366,7 +377,7 @@ impl SendingChannel {
             self.encoder.set_zstd(level)?;
         }
         self.encoder.begin_stripe(stripe.first_frame);
-        self.current = Some((stripe, bits));
+        self.current = Some(Current { stripe, rest: bits, holes });
         if planted(Plant::CopyBeforeClear) && matches!(visit, Visit::Round { .. }) {
             self.encode(pages, usize::MAX);
             log.clear(stripe.region, stripe.first_page, &bits[..stripe.pages.div_ceil(64)])?;
@@ -374,9 +385,10 @@ impl SendingChannel {
         Ok(())
     }
 
-    /// What was never touched and never sent reads as zeros at the destination anyway. The log was cleared before, so a
-    /// first write that comes now is logged.
-    fn leave_out_untouched(&mut self, stripe: &Stripe, bits: &mut StripeBits, pages: &SourcePages) {
+    /// What was never touched, or was given back, and was never sent reads as zeros at the destination anyway. The log was
+    /// cleared before, so a first write that comes now is logged. Returns the untouched pages that have been sent: zeros are due,
+    /// and the page need not be read, which would make the kernel provide it again.
+    fn leave_out_untouched(&mut self, stripe: &Stripe, bits: &mut StripeBits, pages: &SourcePages) -> StripeBits {
         let mut untouched = *bits;
         untouched.iter_mut().zip(pages.touched.of(stripe)).for_each(|(word, touched)| *word &= !touched);
         if planted(Plant::LeaveOutTouched) {
@@ -388,11 +400,12 @@ impl SendingChannel {
                 bits[offset / 64] &= !(1 << (offset % 64));
             }
         }
+        std::array::from_fn(|index| untouched[index] & bits[index])
     }
 
     /// Encodes pages of the current stripe until there is enough to write.
     fn encode(&mut self, pages: &SourcePages, quantum: usize) {
-        let Some((stripe, rest)) = &mut self.current else { return };
+        let Some(Current { stripe, rest, holes }) = &mut self.current else { return };
         while let Some(offset) = take_first_bit(rest) {
             let frame = stripe.first_frame + offset as u64;
             let slot = stripe.first_slot + offset;
@@ -406,6 +419,7 @@ impl SendingChannel {
                 base => base,
             };
             let encoded = match base {
+                _ if holes[offset / 64] >> (offset % 64) & 1 == 1 => self.encoder.zero_page(offset),
                 Some(base) => self.encoder.page_with_base(offset, base, copy),
                 None => self.encoder.page(offset, copy),
             };
