@@ -5,7 +5,9 @@ use std::str::FromStr;
 
 use clap::Args;
 use godwit_vmm::MachineConfig;
-use godwit_vmm::config::{ByteSize, DirtyTracking, DiskConfig, GuestKind, MemoryBacking, NetConfig, SerialTarget};
+use godwit_vmm::config::{
+    BalloonConfig, ByteSize, DirtyTracking, DiskConfig, GuestKind, MemoryBacking, NetConfig, SerialTarget,
+};
 use godwit_vmm::workload::{Contents, Order, Rate, WriteUnit, WriterConfig};
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
@@ -43,6 +45,9 @@ pub(crate) struct MachineArgs {
     /// Serial port: none, stdio, pty:PATH, unix:PATH, file:PATH
     #[arg(long, value_name = "TARGET", help_heading = "Machine")]
     pub(crate) serial: Option<SerialTarget>,
+    /// Let the guest give back memory that it does not use: a memory balloon with free page reporting
+    #[arg(long, help_heading = "Machine")]
+    balloon: bool,
     /// Disk: id=NAME,path=FILE[,readonly]; may be given several times
     #[arg(long = "disk", value_name = "DISK", value_parser = disk, help_heading = "Machine")]
     disks: Vec<DiskConfig>,
@@ -89,6 +94,9 @@ impl MachineArgs {
         set(&mut config.vcpus, &self.vcpus);
         set(&mut config.serial, &self.serial);
         config.unsafe_cache |= self.unsafe_cache;
+        if self.balloon {
+            config.balloon = Some(BalloonConfig::default());
+        }
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }
@@ -221,6 +229,19 @@ mod tests {
         assert_eq!((config.memory, config.vcpus), (ByteSize(512 << 20), 3));
         let writer = config.writer.unwrap();
         assert_eq!((writer.seed, writer.rate), (9, Rate::Max));
+    }
+
+    #[test]
+    fn a_balloon_is_there_if_the_file_or_an_option_says_so() {
+        let reports = |file: &str, options: &[&str]| {
+            let config = laid_over(&format!("guest = 'writer'\n{file}"), options);
+            config.balloon.map(|balloon| balloon.free_page_reporting)
+        };
+        assert_eq!(reports("", &[]), None);
+        assert_eq!(reports("[balloon]\n", &[]), Some(true));
+        assert_eq!(reports("", &["--balloon"]), Some(true));
+        assert_eq!(reports("[balloon]\nfree_page_reporting = false\n", &[]), Some(false));
+        assert_eq!(reports("[balloon]\nfree_page_reporting = false\n", &["--balloon"]), Some(true));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::devices::{DiskConfig, MAX_DEVICES, NetConfig};
+pub use self::devices::{BalloonConfig, DiskConfig, MAX_DEVICES, NetConfig};
 pub use self::size::{ByteSize, ParseByteSizeError};
 use crate::workload::WriterConfig;
 
@@ -62,6 +62,9 @@ pub struct MachineConfig {
     /// Whether disks go through the host's page cache instead of around it (O_DIRECT). Another host's cache may then be stale.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unsafe_cache: bool,
+    /// A memory balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// Disks.
     #[serde(rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
@@ -86,6 +89,7 @@ impl Default for MachineConfig {
             guest: None,
             writer: None,
             unsafe_cache: false,
+            balloon: None,
             disks: Vec::new(),
             nets: Vec::new(),
         }
@@ -131,12 +135,12 @@ impl MachineConfig {
         if self.dirty_tracking == DirtyTracking::Ring {
             return Err(invalid("dirty_tracking", "this version tracks by bitmap only: the ring is not built yet"));
         }
-        devices::validate(&self.disks, &self.nets)
+        devices::validate(&self.disks, &self.nets, self.balloon)
     }
 
-    /// How many virtio devices the machine has: its disks and interfaces, and an entropy source.
+    /// How many virtio devices the machine has: its disks and interfaces, an entropy source, and perhaps a balloon.
     pub(crate) fn virtio_devices(&self) -> usize {
-        self.disks.len() + self.nets.len() + 1
+        self.disks.len() + self.nets.len() + 1 + usize::from(self.balloon.is_some())
     }
 
     fn validate_identity(&self) -> Result<(), ConfigError> {

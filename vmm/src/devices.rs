@@ -7,7 +7,7 @@
 //! | `serial`, `console` | a serial port, and what it is connected to |
 //! | `i8042` | as much of a keyboard controller as a reset takes |
 //! | `acpi` | the tables by which a guest finds everything, and power control |
-//! | `virtio` | disks, network interfaces, the entropy source, and their transport |
+//! | `virtio` | disks, network interfaces, the entropy source, the balloon, and their transport |
 
 pub(crate) mod acpi;
 mod bus;
@@ -29,6 +29,7 @@ use self::i8042::KeyboardController;
 use self::layout::{COM1, DeviceLayout, KEYBOARD_CONTROLLER, POWER_PORTS, WINDOW_BYTES};
 use self::serial::{SerialPort, SerialState, eventfd};
 use self::virtio::VirtioDevice;
+use self::virtio::balloon::Balloon;
 use self::virtio::block::{self, Block, CacheMode};
 use self::virtio::mmio::{MmioTransport, VirtioState};
 use self::virtio::net::{self, Net};
@@ -83,7 +84,8 @@ impl Devices {
         let company = if accepted.is_some() { Company::Source } else { Company::Nobody };
         let disks = open_disks(config, company)?;
         let nets = open_nets(config, accepted.unwrap_or_default())?;
-        for (device, place) in in_order(&disks, &nets).zip(&layout.virtio) {
+        let balloon = config.balloon.map(Balloon::new);
+        for (device, place) in in_order(&disks, &nets, balloon).zip(&layout.virtio) {
             let transport = Arc::new(MmioTransport::new(device, memory.clone(), line(place.line)?)?);
             transport.wire_kicks(vm, place.address)?;
             mmio.add(place.address, WINDOW_BYTES, transport.clone());
@@ -191,11 +193,16 @@ fn pause_all(transports: &[Arc<MmioTransport>], until: Instant) -> Result<(), Vm
     Ok(())
 }
 
-/// The order in which virtio devices have their places: disks, network interfaces, the entropy source.
-fn in_order(disks: &[Arc<Block>], nets: &[Arc<Net>]) -> impl Iterator<Item = Arc<dyn VirtioDevice>> {
+/// The order in which virtio devices have their places: disks, network interfaces, the entropy source, the balloon.
+fn in_order(
+    disks: &[Arc<Block>],
+    nets: &[Arc<Net>],
+    balloon: Option<Balloon>,
+) -> impl Iterator<Item = Arc<dyn VirtioDevice>> {
     let disks = disks.iter().cloned().map(|disk| disk as Arc<dyn VirtioDevice>);
     let nets = nets.iter().cloned().map(|net| net as Arc<dyn VirtioDevice>);
-    disks.chain(nets).chain([Arc::new(Rng::default()) as _])
+    let balloon = balloon.map(|balloon| Arc::new(balloon) as Arc<dyn VirtioDevice>);
+    disks.chain(nets).chain([Arc::new(Rng::default()) as _]).chain(balloon)
 }
 
 fn open_disks(config: &MachineConfig, company: Company) -> Result<Vec<Arc<Block>>, VmmError> {

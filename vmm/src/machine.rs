@@ -166,6 +166,11 @@ impl Machine {
         self.inner.ram.write_to(guest_address, length, to)
     }
 
+    /// For tests that play a driver: a 32-bit write to a device's register, as a vCPU would make it.
+    pub fn write_device_register(&self, guest_address: u64, value: u32) {
+        self.inner.devices.mmio().write(guest_address, &value.to_le_bytes());
+    }
+
     /// What it does by itself from here on. A shutdown or fault that has already happened is told again.
     pub fn events(&self) -> Receiver<MachineEvent> {
         self.inner.subscribers.subscribe()

@@ -6,7 +6,7 @@ use std::io::Write;
 
 use godwit_core::GuestMemory;
 use godwit_core::machine::RegionDescription;
-use vm_memory::bitmap::Bitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
@@ -20,7 +20,7 @@ pub(crate) const GAP_START: u64 = 3 << 30;
 /// Where it ends and RAM goes on: 4 GiB.
 pub(crate) const GAP_END: u64 = 4 << 30;
 
-/// How much is copied at once by [`Ram::write_to`].
+/// How much is copied at once.
 const COPY_BYTES: usize = 64 << 10;
 
 /// One region of guest RAM, for whoever looks at it from outside.
@@ -122,9 +122,10 @@ impl Ram {
     /// Makes all of RAM read as zeros again and gives its pages back to the host. Every page counts as written.
     pub(crate) fn clear(&self) -> Result<(), VmmError> {
         for region in self.memory.iter() {
-            mapping::discard(region)?;
+            let length = region.len() as usize;
+            mapping::discard(region, 0, length)?;
             // After the pages have changed: what marks them earlier may be harvested too early.
-            region.bitmap().mark_dirty(0, region.len() as usize);
+            region.bitmap().mark_dirty(0, length);
         }
         Ok(())
     }
@@ -140,6 +141,39 @@ impl Ram {
     }
 }
 
+/// Makes pages of guest memory, whole ones, read as zeros, and gives them back to the host. Afterwards they count as written.
+///
+/// Huge pages of the host's reserve stay: they were reserved so that the guest never lacks them, and somebody else may take what
+/// is given back. They are overwritten.
+pub(crate) fn discard(memory: &GuestMemory, address: GuestAddress, length: usize) -> Result<(), VmmError> {
+    let all_in_one = |offset: &MemoryRegionAddress, region: &GuestRegionMmap<AtomicBitmap>| {
+        offset.checked_add(length as u64).is_some_and(|end| end.raw_value() <= region.len())
+    };
+    let place = memory.to_region_addr(address).filter(|(region, offset)| all_in_one(offset, region));
+    let Some((region, offset)) = place else {
+        return Err(VmmError::Status(format!("{length} bytes from {address:?} on are not one piece of RAM")));
+    };
+    let offset = offset.raw_value() as usize;
+    let result = match region.is_hugetlbfs() {
+        Some(true) => overwrite(memory, address, length),
+        _ => mapping::discard(region, offset, length),
+    };
+    // After the pages have changed: what marks them earlier may be harvested too early. Also after an error: some may have gone.
+    region.bitmap().mark_dirty(offset, length);
+    result
+}
+
+fn overwrite(memory: &GuestMemory, address: GuestAddress, length: usize) -> Result<(), VmmError> {
+    static ZEROS: [u8; COPY_BYTES] = [0; COPY_BYTES];
+    for done in (0..length).step_by(COPY_BYTES) {
+        let chunk = &ZEROS[..COPY_BYTES.min(length - done)];
+        memory
+            .write_slice(chunk, address.unchecked_add(done as u64))
+            .map_err(VmmError::memory("cannot overwrite guest memory"))?;
+    }
+    Ok(())
+}
+
 /// The host address of a region's first byte, for KVM.
 pub(crate) fn host_address(region: &impl GuestMemoryRegion) -> Result<u64, VmmError> {
     let pointer = region
@@ -152,7 +186,6 @@ pub(crate) fn host_address(region: &impl GuestMemoryRegion) -> Result<u64, VmmEr
 mod tests {
     use proptest::prelude::*;
     use vm_memory::MmapRegion;
-    use vm_memory::bitmap::AtomicBitmap;
 
     use super::*;
     use crate::config::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
@@ -184,6 +217,25 @@ mod tests {
             ram.clear().unwrap();
             assert_eq!(ram.read(0x5000, 1).unwrap(), [0], "{backing:?}");
             assert!(mapping.bitmap().is_addr_set(0) && mapping.bitmap().is_addr_set((4 << 20) - 1));
+        }
+    }
+
+    #[test]
+    fn discarded_pages_and_no_others_read_as_zeros_and_count_as_written() {
+        for backing in [MemoryBacking::Private, MemoryBacking::Memfd] {
+            let ram = Ram::new(4 << 20, backing, false).unwrap();
+            ram.guest().write_slice(&[7; 4 << 20], GuestAddress(0)).unwrap();
+            let mapping: &MmapRegion<AtomicBitmap> = ram.guest().iter().next().unwrap();
+            mapping.bitmap().reset();
+            discard(ram.guest(), GuestAddress(0x5000), 0x3000).unwrap();
+            let is_zero = |page: u64| ram.read(page << 12, 4096).unwrap() == [0; 4096];
+            let is_dirty = |page: u64| mapping.bitmap().is_addr_set((page << 12) as usize);
+            let discarded = |page| (5..8).contains(&page);
+            assert!((0..1024).all(|page| is_zero(page) == discarded(page)), "{backing:?}");
+            assert!((0..1024).all(|page| is_dirty(page) == discarded(page)), "{backing:?}");
+            for (address, length) in [(4 << 20, 4096), ((4 << 20) - 4096, 8192), (u64::MAX - 4095, 4096)] {
+                assert!(discard(ram.guest(), GuestAddress(address), length).is_err());
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! Disks and network interfaces.
+//! Disks, network interfaces and the memory balloon.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use super::{ConfigError, invalid};
 use crate::devices::layout::MAX_VIRTIO_DEVICES;
 use crate::devices::virtio::net::MacAddress;
 
-/// The most disks and network interfaces, taken together: an entropy source needs a place, too.
+/// The most disks and network interfaces, taken together: an entropy source needs a place, too, and a balloon if there is one.
 pub const MAX_DEVICES: usize = MAX_VIRTIO_DEVICES - 1;
 
 /// The longest id: what the guest is told of a disk.
@@ -43,11 +43,30 @@ pub struct NetConfig {
     pub mac: String,
 }
 
+/// A memory balloon: the guest's way of saying which pages it does not use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BalloonConfig {
+    /// Whether the guest is to report free pages by itself.
+    pub free_page_reporting: bool,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self { free_page_reporting: true }
+    }
+}
+
 /// Whether a machine can have these.
-pub(super) fn validate(disks: &[DiskConfig], nets: &[NetConfig]) -> Result<(), ConfigError> {
-    if disks.len() + nets.len() > MAX_DEVICES {
-        let count = disks.len() + nets.len();
-        let reason = format!("{count} disks and network interfaces; a machine has at most {MAX_DEVICES} together");
+pub(super) fn validate(
+    disks: &[DiskConfig],
+    nets: &[NetConfig],
+    balloon: Option<BalloonConfig>,
+) -> Result<(), ConfigError> {
+    let (count, most) = (disks.len() + nets.len(), MAX_DEVICES - usize::from(balloon.is_some()));
+    if count > most {
+        let with = if balloon.is_some() { "a machine with a balloon" } else { "a machine" };
+        let reason = format!("{count} disks and network interfaces; {with} has at most {most} together");
         return Err(invalid(if nets.is_empty() { "disk" } else { "net" }, reason));
     }
     validate_disks(disks)?;

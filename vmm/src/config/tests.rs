@@ -16,6 +16,9 @@ initrd = "/boot/initrd.img"
 cmdline = "console=ttyS0 root=/dev/vda1"
 serial = "unix:/run/web-1.serial"
 dirty_tracking = "bitmap"
+
+[balloon]
+free_page_reporting = false
 "#;
 
 fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
@@ -39,10 +42,18 @@ fn every_key_is_read() {
         guest: None,
         writer: None,
         unsafe_cache: false,
+        balloon: Some(BalloonConfig { free_page_reporting: false }),
         disks: Vec::new(),
         nets: Vec::new(),
     };
     assert_eq!(config, expected);
+}
+
+#[test]
+fn a_balloon_that_is_there_is_told_of_free_pages() {
+    let balloon = |text: &str| parse(&format!("guest = \"writer\"\n{text}")).unwrap().balloon;
+    assert_eq!(balloon("[balloon]"), Some(BalloonConfig { free_page_reporting: true }));
+    assert_eq!(balloon(""), None);
 }
 
 #[test]
@@ -92,6 +103,7 @@ fn errors_name_the_file_the_key_and_what_would_do() {
         ("guest = \"writer\"\ninitrd = \"i\"", "initrd: needs a kernel"),
         ("kernel = \"k\"\n[writer]\nseed = 1", "writer: these settings need guest = \"writer\""),
         ("guest = \"writer\"\ndirty_tracking = \"ring\"", "dirty_tracking: "),
+        ("guest = \"writer\"\n[balloon]\nsize = \"1G\"", "unknown field `size`"),
         ("guest = \"writer\"\n[[disk]]\nid = \"a b\"\npath = \"b\"", "disk: id \"a b\": use 1 to 20 letters"),
         ("guest = \"writer\"\n[[disk]]\nid = \"a\"\npath = \"\"", "disk: `a` needs a path"),
         (
@@ -147,6 +159,10 @@ fn there_is_room_for_so_many_devices_and_no_more() {
     with(MAX_DEVICES).validate().unwrap();
     let error = with(MAX_DEVICES + 1).validate().unwrap_err().to_string();
     assert!(error.contains("16 disks and network interfaces; a machine has at most 15"), "{error}");
+    let with_balloon = |count| MachineConfig { balloon: Some(BalloonConfig::default()), ..with(count) };
+    with_balloon(MAX_DEVICES - 1).validate().unwrap();
+    let error = with_balloon(MAX_DEVICES).validate().unwrap_err().to_string();
+    assert!(error.contains("a machine with a balloon has at most 14"), "{error}");
 }
 
 #[test]

@@ -52,7 +52,7 @@ pub(crate) struct VirtioPlace {
 /// Where a machine's devices are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DeviceLayout {
-    /// The virtio devices: disks, network interfaces, the entropy source.
+    /// The virtio devices: disks, network interfaces, the entropy source, the balloon.
     pub(crate) virtio: Vec<VirtioPlace>,
     /// The first port of power control.
     pub(crate) power_port: u16,

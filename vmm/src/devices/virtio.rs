@@ -10,6 +10,7 @@
 //! A device takes buffers from its queues only while it is open. That is how nothing is written to a disk, taken from a
 //! network or put into guest memory while the machine is paused, and before a machine that comes in is owned.
 
+pub(crate) mod balloon;
 pub(crate) mod block;
 #[cfg(test)]
 pub(crate) mod driver_ring;

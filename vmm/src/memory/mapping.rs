@@ -57,14 +57,14 @@ pub(super) fn map(
     Ok(mapping)
 }
 
-/// Makes a region read as zeros again.
-pub(super) fn discard(region: &GuestRegionMmap<AtomicBitmap>) -> Result<(), VmmError> {
-    let length = region.len() as usize;
+/// Makes pages of a region read as zeros again.
+pub(super) fn discard(region: &GuestRegionMmap<AtomicBitmap>, offset: usize, length: usize) -> Result<(), VmmError> {
+    assert!(offset.checked_add(length).is_some_and(|end| end as u64 <= region.len()), "outside of the region");
     // Shared memory keeps its pages in the file: there they have to be punched out.
     let advice = if region.file_offset().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-    // SAFETY: the range is exactly the region's own mapping, which lives as long as `region`. Guest memory is only ever
-    // accessed as volatile, so that its contents may change under any reader.
-    let result = unsafe { libc::madvise(region.as_ptr().cast(), length, advice) };
+    // SAFETY: the range lies in the region's own mapping, as was checked, which lives as long as `region`. Guest memory is
+    // only ever accessed as volatile, so that its contents may change under any reader.
+    let result = unsafe { libc::madvise(region.as_ptr().add(offset).cast(), length, advice) };
     if result == 0 { Ok(()) } else { Err(VmmError::os("cannot clear guest memory")(io::Error::last_os_error())) }
 }
 

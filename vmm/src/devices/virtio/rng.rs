@@ -72,7 +72,7 @@ impl VirtioDevice for Rng {
             again,
         });
         let served = Arc::clone(&source);
-        let worker = Worker::spawn("rng".into(), active.kick, move || served.serve())?;
+        let worker = Worker::spawn("rng".into(), vec![active.kick], move || served.serve())?;
         *lock(&self.source) = Some(source);
         *lock(&self.worker) = Some(worker);
         Ok(())

@@ -16,16 +16,16 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Calls `body` after every signal of `kick`.
+    /// Calls `body` after every signal of one of `kicks`.
     pub(super) fn spawn(
         name: String,
-        kick: EventFd,
+        kicks: Vec<EventFd>,
         mut body: impl FnMut() + Send + 'static,
     ) -> Result<Self, VmmError> {
         let failed = || VmmError::os(format!("cannot start the thread {name}"));
         let stop = eventfd()?;
         let epoll = Epoll::new().map_err(failed())?;
-        for event in [&kick, &stop] {
+        for event in kicks.iter().chain([&stop]) {
             let fd = event.as_raw_fd();
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, fd as u64)).map_err(failed())?;
         }
@@ -35,7 +35,8 @@ impl Worker {
                 let mut ready = [EpollEvent::default(); 2];
                 // Fails only when interrupted.
                 let _ = epoll.wait(-1, &mut ready);
-                if kick.read().is_ok() {
+                // All of them are read: one call of `body` answers them all.
+                if kicks.iter().filter(|kick| kick.read().is_ok()).count() > 0 {
                     body();
                 }
             }
