@@ -17,6 +17,7 @@
 //! | [`stage`] | the machine on the lab's hosts: who keeps it, and its moves |
 //! | [`run`], [`cases`] | the scenario, and what must not happen |
 //! | [`claims`], [`race`] | who has the machine while the NFS server comes and goes |
+//! | [`free_pages`] | what it costs to move memory that the guest has used and freed |
 //! | [`outage`] | the NFS server away for a while |
 
 pub mod announce;
@@ -24,6 +25,7 @@ pub mod capture;
 pub mod cases;
 pub mod claims;
 pub mod counting;
+pub mod free_pages;
 pub mod gap;
 pub mod guest;
 pub mod image;

@@ -43,6 +43,9 @@ pub(crate) struct Scenario {
     /// Plays the cases of who has the machine while the NFS server comes and goes, too
     #[arg(long)]
     claims: bool,
+    /// Moves the machine after it has used memory and freed it, with a balloon and without, too
+    #[arg(long)]
+    free_pages: bool,
     /// The version of NFS by which the KVM hosts mount: 3 or 4.2
     #[arg(long)]
     nfs: Option<String>,
@@ -69,7 +72,12 @@ pub(crate) fn run(scenario: Scenario, command: Option<Command>) -> Result<ExitCo
 
 impl Scenario {
     fn options(self) -> Vec<String> {
-        let flags = [("--json", self.json), ("--cases", self.cases), ("--claims", self.claims)];
+        let flags = [
+            ("--json", self.json),
+            ("--cases", self.cases),
+            ("--claims", self.claims),
+            ("--free-pages", self.free_pages),
+        ];
         let flags = flags.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag.to_owned());
         let values = [("--nfs", self.nfs), ("--guest-kernel", self.guest_kernel)];
         flags.chain(values.into_iter().filter_map(|(name, value)| Some(format!("{name}={}", value?)))).collect()

@@ -41,6 +41,9 @@ struct Scenario {
     /// Plays the cases of who has the machine while the NFS server comes and goes, too
     #[arg(long)]
     claims: bool,
+    /// Moves the machine after it has used memory and freed it, with a balloon and without, too
+    #[arg(long)]
+    free_pages: bool,
     #[command(flatten)]
     kind: Kind,
 }
@@ -106,6 +109,12 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     }
 }
 
+impl Scenario {
+    fn more(&self) -> More {
+        More { cases: self.cases, claims: self.claims, free_pages: self.free_pages }
+    }
+}
+
 impl Kind {
     fn options(&self, kept: bool) -> Options {
         Options { nfs: self.nfs, guest_kernel: self.guest_kernel, kept }
@@ -118,7 +127,7 @@ fn scenario(target: &Path, programs: &Path, wanted: &Scenario) -> Result<ExitCod
     take_down_at_limit(target.join("lab/run"));
     step("the hosts come up");
     let lab = Lab::up(target, programs, wanted.kind.options(false))?;
-    let played = play(&lab, More { cases: wanted.cases, claims: wanted.claims });
+    let played = play(&lab, wanted.more());
     lab.down()?;
     let seen = played?;
     eprint!("{}", seen.table());

@@ -30,6 +30,8 @@ pub mod request {
     pub const WRITE: &str = "write";
     /// Reads that file from the disk, not from the page cache, and compares it: `check SEED`.
     pub const CHECK: &str = "check";
+    /// Fills so many MiB of a file in memory with random bytes, and removes it: `use-memory MIB`.
+    pub const USE_MEMORY: &str = "use-memory";
     /// Reboots as `reboot` does.
     pub const REBOOT: &str = "reboot";
 }
@@ -113,6 +115,11 @@ impl GuestClient {
     /// Has it read that file back from its disk and compare.
     pub fn check_file(&mut self, seed: u64) -> Result<()> {
         self.order(&format!("{} {seed}", request::CHECK))
+    }
+
+    /// Has it use so much memory for a while, and free it.
+    pub fn use_memory(&mut self, mib: u64) -> Result<()> {
+        self.order(&format!("{} {mib}", request::USE_MEMORY))
     }
 
     /// Has it reboot. It goes on for a while before it does.

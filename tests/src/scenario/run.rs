@@ -21,7 +21,7 @@ use crate::scenario::record;
 use crate::scenario::records::{Confirmed, RecordsClient};
 use crate::scenario::stage::{self, DISK, Keeper};
 use crate::scenario::verdict::{MoveSeen, RunSeen};
-use crate::scenario::{cases, claims, race};
+use crate::scenario::{cases, claims, free_pages, race};
 
 /// How long the clients look at a guest that does not move.
 const BASELINE: Duration = Duration::from_secs(15);
@@ -49,6 +49,8 @@ pub struct More {
     pub cases: bool,
     /// Claims while the NFS server comes and goes.
     pub claims: bool,
+    /// Moves after memory was used and freed, with a balloon and without.
+    pub free_pages: bool,
 }
 
 /// Plays the scenario in a lab that is up, and what is asked for around it. If it cannot be played to its end, the error
@@ -140,7 +142,9 @@ fn play_with(lab: &Lab, keeper: &mut Keeper, more: More) -> Result<RunSeen> {
         ..seen
     });
     record::check(&records, last_record).context("the image lacks records confirmed after the moves")?;
-    Ok(RunSeen { moves: moves.collect(), fsck, klog, control_klog, steps, race, reboot_ms })
+    let moves = moves.collect();
+    let free_pages = if more.free_pages { Some(free_pages::play(lab)?) } else { None };
+    Ok(RunSeen { moves, fsck, klog, control_klog, steps, race, reboot_ms, free_pages })
 }
 
 /// All who watch the guest from outside.

@@ -64,14 +64,17 @@ pub struct Moved {
     pub total_ms: f64,
     /// What the mover itself says.
     pub downtime_ms: f64,
+    /// Both directions, as the mover says.
+    pub wire_bytes: u64,
 }
 
-/// The definition of `fw1`, the same on both hosts.
-pub fn definition() -> String {
+/// The definition of `fw1`, the same on both hosts. `balloon`: whether it gives back the memory that it does not use.
+pub fn definition(balloon: bool) -> String {
+    let balloon = if balloon { "[balloon]\nfree_page_reporting = true\n\n" } else { "" };
     let mut text = format!(
         "name = \"fw1\"\nmemory = \"512M\"\nvcpus = 2\nkernel = \"{DIRECTORY}/vmlinuz\"\ninitrd = \"{DIRECTORY}/initrd.img\"\n\
          cmdline = \"root=/dev/vda rw console=ttyS0\"\nserial = \"file:{CONSOLE}\"\n\n\
-         [[disk]]\nid = \"root\"\npath = \"{DISK}\"\n"
+         {balloon}[[disk]]\nid = \"root\"\npath = \"{DISK}\"\n"
     );
     for (tap, network) in GUEST_TAPS {
         let (id, mac) = (network.name(), network.link_address(GUEST));
@@ -93,8 +96,15 @@ pub fn guest(lab: &Lab) -> Result<GuestClient> {
 impl Keeper {
     /// Boots `fw1` on `host` and waits until it is at rest.
     pub fn boot(lab: &Lab, host: &Host) -> Result<Self> {
+        Self::boot_as(lab, host, &definition(true))
+    }
+
+    /// The same with this definition.
+    pub fn boot_as(lab: &Lab, host: &Host, definition: &str) -> Result<Self> {
         let file = format!("{DIRECTORY}/fw1.toml");
-        let put = host.run_with_input(&format!("cat >{file}"), definition().as_bytes(), COMMAND_LIMIT)?;
+        // What was said before an earlier power-off.
+        host.check(&format!("rm -f {CONSOLE}"))?;
+        let put = host.run_with_input(&format!("cat >{file}"), definition.as_bytes(), COMMAND_LIMIT)?;
         ensure!(put.code == 0, "cannot write {file}: {}", put.stderr);
         let remote = host.spawn("fw1", &format!("godwit-sender run {file} --insecure --control {CONTROL}"))?;
         let mut keeper = Self { host: host.clone(), remote };
@@ -164,7 +174,8 @@ impl Keeper {
         let total_ms = ms(monotonic_ns() - begun_ns);
         let outcome = self.ensure_moved(migrate)?;
         let downtime_ms = outcome["downtime_ms"].as_f64().context("the outcome has no downtime_ms")?;
-        Ok(Moved { begun_ns, total_ms, downtime_ms })
+        let wire_bytes = outcome["wire_bytes"].as_u64().context("the outcome has no wire_bytes")?;
+        Ok(Moved { begun_ns, total_ms, downtime_ms, wire_bytes })
     }
 
     /// Waits for the end of a move that must succeed, its audit too, and of the process here. Gives what was told of it.

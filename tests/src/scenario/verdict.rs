@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::scenario::announce::{Frame, Kind};
+use crate::scenario::free_pages::FreePagesSeen;
 use crate::scenario::guest::Steps;
 use crate::scenario::image::Fsck;
 use crate::scenario::klog::{self, Line};
@@ -68,6 +69,8 @@ pub struct RunSeen {
     pub race: Option<RaceSeen>,
     /// How long a reboot took, if there was one.
     pub reboot_ms: Option<f64>,
+    /// What freed memory cost, if that was tried.
+    pub free_pages: Option<FreePagesSeen>,
 }
 
 impl MoveSeen {
@@ -154,6 +157,7 @@ impl RunSeen {
             let Steps { backward, worst_ns, .. } = self.steps;
             faults.push(format!("the guest's monotonic clock went back {backward} times, by {worst_ns} ns at most"));
         }
+        faults.extend(self.free_pages.as_ref().and_then(FreePagesSeen::fault));
         faults
     }
 
@@ -168,6 +172,7 @@ impl RunSeen {
             "monotonic_backward": self.steps.backward,
             "claim_race": self.race.as_ref().map(RaceSeen::json),
             "reboot_ms": self.reboot_ms.map(rounded),
+            "free_pages": self.free_pages.as_ref().map(FreePagesSeen::json),
             "faults": self.faults(),
         })
     }
@@ -192,6 +197,9 @@ impl RunSeen {
                 seen.announces.len(),
                 seen.clock.change_ms,
             );
+        }
+        if let Some(seen) = &self.free_pages {
+            table += &seen.table();
         }
         let faults = self.faults();
         if faults.is_empty() {
@@ -241,6 +249,7 @@ mod tests {
             steps: Steps { samples: 100_000, backward: 0, worst_ns: 0 },
             race: None,
             reboot_ms: Some(81_000.0),
+            free_pages: None,
         }
     }
 

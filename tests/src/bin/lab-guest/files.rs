@@ -1,4 +1,4 @@
-//! What is written to the disk and read back from it.
+//! What is written to the disk and read back from it, and what is written to memory and freed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -81,6 +81,18 @@ impl Files {
             None => Ok(()),
         }
     }
+}
+
+/// A file in memory.
+const IN_MEMORY: &str = "/dev/shm/lab";
+
+/// Fills a file in memory with contents that cannot be compressed, so many MiB of them, and removes it.
+pub(crate) fn use_memory(mib: &str) -> io::Result<()> {
+    let mib: u64 = mib.parse().map_err(|_| io::Error::other(format!("`{mib}` is not a number of MiB")))?;
+    let mut file = File::create(IN_MEMORY)?;
+    let written = (1..=mib).try_for_each(|seed| file.write_all(&contents(&seed.to_string())?));
+    std::fs::remove_file(IN_MEMORY)?;
+    written
 }
 
 /// Contents that follow from a seed (xorshift64*).

@@ -99,7 +99,7 @@ impl Server {
     fn answer_all(&self, mut stream: &TcpStream) -> io::Result<()> {
         for line in BufReader::new(stream.try_clone()?).lines() {
             let line = line?;
-            let (what, seed) = line.split_once(' ').unwrap_or((&line, ""));
+            let (what, number) = line.split_once(' ').unwrap_or((&line, ""));
             let answer = match (what, &self.guest) {
                 (request::RECORDS, Some(guest)) => return guest.files.write_records(stream),
                 (request::CLOCK, _) => clocks(),
@@ -108,8 +108,9 @@ impl Server {
                     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().into())
                 }
                 (request::STEPS, Some(guest)) => Ok(guest.watch.answer()),
-                (request::WRITE, Some(guest)) => guest.files.write_contents(seed).map(|()| DONE.into()),
-                (request::CHECK, Some(guest)) => guest.files.check_contents(seed).map(|()| DONE.into()),
+                (request::WRITE, Some(guest)) => guest.files.write_contents(number).map(|()| DONE.into()),
+                (request::CHECK, Some(guest)) => guest.files.check_contents(number).map(|()| DONE.into()),
+                (request::USE_MEMORY, Some(_)) => files::use_memory(number).map(|()| DONE.into()),
                 (request::REBOOT, Some(_)) => reboot().map(|()| DONE.into()),
                 _ => Err(io::Error::other(format!("unknown request `{line}`"))),
             };
