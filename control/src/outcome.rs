@@ -71,6 +71,8 @@ pub struct Outcome {
     pub reconnections: Vec<Reconnection>,
     /// Sent again because of them, in bytes of guest pages.
     pub resent_bytes: u64,
+    /// Memory that was handed over to a receiver on the same host, in bytes, instead of being sent; null if it was sent.
+    pub handed_over_bytes: Option<u64>,
     /// What the audit said.
     pub audit: Option<String>,
 }
@@ -157,6 +159,7 @@ impl Outcome {
             round_reports: report.rounds.clone(),
             reconnections: report.reconnections.clone(),
             resent_bytes: report.resent_bytes,
+            handed_over_bytes: report.handed_over_bytes,
             audit: report.audit.clone(),
         }
     }

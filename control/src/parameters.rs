@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use godwit_core::source::{Compression, MAX_CHANNELS, OnStall, SourceMigration, SourceOptions};
+use godwit_core::source::{Compression, MAX_CHANNELS, MemoryHandover, OnStall, SourceMigration, SourceOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -64,6 +64,9 @@ impl Settings {
         if let Some(compression) = parameters.compression()? {
             options.compression = compression;
         }
+        if let Some(name) = &parameters.memory_handover {
+            options.memory_handover = parse_memory_handover(name)?;
+        }
         options.delta_cache_bytes = parameters.xbzrle_cache_size.unwrap_or(options.delta_cache_bytes);
         if let Some(ms) = parameters.pause_timeout {
             options.pause_timeout = time("x-godwit-pause-timeout", ms)?;
@@ -104,6 +107,7 @@ impl Settings {
                 _ => None,
             },
             compress: Some(compression_name(options.compression)),
+            memory_handover: Some(memory_handover_name(options.memory_handover).into()),
             xbzrle_cache_size: Some(options.delta_cache_bytes),
             pause_timeout: Some(whole_ms(options.pause_timeout)),
             handover_timeout: Some(whole_ms(options.handover_timeout)),
@@ -143,6 +147,9 @@ pub struct Parameters {
     /// `auto`, `none`, `zstd` or `zstd:LEVEL`: as `--compress` has it.
     #[serde(rename = "x-godwit-compress", skip_serializing_if = "Option::is_none")]
     pub compress: Option<String>,
+    /// `auto`, `require` or `off`: whether memory is handed over to a receiver on this host instead of being sent.
+    #[serde(rename = "x-godwit-memory-handover", skip_serializing_if = "Option::is_none")]
+    pub memory_handover: Option<String>,
     /// Memory for what was last sent of pages, in bytes, so that over a slow link only differences need be sent; 0: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xbzrle_cache_size: Option<u64>,
@@ -290,6 +297,27 @@ fn on_stall_name(on_stall: OnStall) -> &'static str {
     match on_stall {
         OnStall::Abort => "abort",
         OnStall::Force => "force",
+    }
+}
+
+fn parse_memory_handover(name: &str) -> Result<MemoryHandover, ParameterError> {
+    match name {
+        "auto" => Ok(MemoryHandover::Auto),
+        "require" => Ok(MemoryHandover::Require),
+        "off" => Ok(MemoryHandover::Off),
+        _ => Err(ParameterError::Choice {
+            name: "memory-handover",
+            choices: "auto, require, off",
+            given: name.to_owned(),
+        }),
+    }
+}
+
+fn memory_handover_name(memory_handover: MemoryHandover) -> &'static str {
+    match memory_handover {
+        MemoryHandover::Auto => "auto",
+        MemoryHandover::Require => "require",
+        MemoryHandover::Off => "off",
     }
 }
 

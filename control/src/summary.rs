@@ -33,6 +33,9 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
     if let Some(cost) = &outcome.handover {
         row("handover", handover(cost));
     }
+    if let Some(bytes) = outcome.handed_over_bytes {
+        row("memory handed over", format!("{bytes} bytes, 0 copied"));
+    }
     row("rounds", outcome.rounds.to_string());
     let mean = outcome.wire_bytes as f64 * 1000.0 / outcome.total_ms.max(1.0);
     row(

@@ -4,6 +4,7 @@
 //! byte stream with blocking calls; [`HangUp`] ends a blocked call from another thread.
 
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,12 +17,28 @@ pub trait ChannelReader: Send {
 
     /// Reads some bytes straight into guest memory; 0 means that the peer has finished writing.
     fn read_volatile(&mut self, buffer: &mut VolatileSlice<'_, ()>) -> io::Result<usize>;
+
+    /// The files that have come with what was read so far, in order. Over a unix socket only, and a few at most
+    /// ([`crate::memory_files::MAX_FILES`]): what else a peer passes on is closed.
+    fn take_files(&mut self) -> Vec<OwnedFd> {
+        Vec::new()
+    }
 }
 
 /// The writing half of a channel.
 pub trait ChannelWriter: Send {
     /// Writes all of `buffer`, blocking while the peer is slow.
     fn write_all(&mut self, buffer: &[u8]) -> io::Result<()>;
+
+    /// Whether files can be passed on with what is written: over a unix socket.
+    fn passes_files(&self) -> bool {
+        false
+    }
+
+    /// Writes all of `buffer`, and passes `files` on with its first byte.
+    fn write_all_with_files(&mut self, _buffer: &[u8], _files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "files can be passed on over unix sockets only"))
+    }
 
     /// Bytes given to the socket so far: for TCP and unix sockets those written, for QUIC the UDP payload
     /// (retransmissions and packet headers included). Never decreases.

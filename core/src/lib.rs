@@ -21,6 +21,7 @@
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`delta`], [`bases`] | pages as differences from what was sent before |
 //! | [`layout`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
+//! | [`memory_files`] | memory handed over as the files behind it, on one host |
 //! | [`view`], [`touched`], [`audit`] | guest memory by pages, which of it was ever used, whether it is what was sent |
 
 pub mod audit;
@@ -35,6 +36,7 @@ pub mod encoder;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod memory_files;
 pub mod message;
 pub mod ownership;
 pub mod pacer;

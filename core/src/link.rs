@@ -1,6 +1,7 @@
 //! The control link of either end in life: a thread that reads, one that says "still here", and a shared writer.
 
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Channel, ChannelReader, ChannelWriter, HangUp};
+use crate::memory_files::MAX_FILES;
 use crate::message::{Message, MessageError};
+use crate::sync::lock;
 
 /// How often an end says that it is still here.
 pub const PING_INTERVAL: Duration = Duration::from_secs(1);
@@ -36,6 +39,8 @@ struct Shared {
     last_heard_ns: AtomicU64,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
+    /// Files that have come with messages, and that nobody has taken.
+    files: Mutex<Vec<OwnedFd>>,
 }
 
 impl ControlLink {
@@ -53,12 +58,15 @@ impl ControlLink {
             last_heard_ns: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
+            files: Mutex::default(),
         });
         let listening = Arc::clone(&shared);
         thread::Builder::new().name("control-read".into()).spawn(move || {
             let mut reader = Listening { reader, shared: listening };
             loop {
-                match Message::read(&mut reader) {
+                let read = Message::read(&mut reader);
+                reader.keep_files();
+                match read {
                     Ok(Message::Ping(())) => {}
                     Ok(message) => hear(Ok(message)),
                     Err(MessageError::Io(error)) => return hear(Err(LinkEnd::Broken(error.to_string()))),
@@ -81,6 +89,21 @@ impl ControlLink {
     /// Sends a message.
     pub fn send(&self, message: &Message) -> io::Result<()> {
         self.shared.send(message)
+    }
+
+    /// Whether files can be passed on over it.
+    pub fn passes_files(&self) -> bool {
+        self.shared.writer().passes_files()
+    }
+
+    /// Sends a message and passes `files` on with it.
+    pub fn send_with_files(&self, message: &Message, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.shared.send_with(message, |writer, frame| writer.write_all_with_files(frame, files))
+    }
+
+    /// The files that have come with messages and were not taken yet. Those that come with a message are there when it is heard.
+    pub fn take_files(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut lock(&self.shared.files))
     }
 
     /// Lets what was sent be delivered, then ends the writing side.
@@ -109,9 +132,17 @@ impl ControlLink {
 
 impl Shared {
     fn send(&self, message: &Message) -> io::Result<()> {
+        self.send_with(message, |writer, frame| writer.write_all(frame))
+    }
+
+    fn send_with(
+        &self,
+        message: &Message,
+        write: impl FnOnce(&mut dyn ChannelWriter, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
         let frame = message.encode().map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         let mut writer = self.writer();
-        writer.write_all(&frame)?;
+        write(&mut **writer, &frame)?;
         self.sent_bytes.store(writer.bytes_on_wire(), Ordering::Relaxed);
         Ok(())
     }
@@ -125,6 +156,15 @@ impl Shared {
 struct Listening {
     reader: Box<dyn ChannelReader>,
     shared: Arc<Shared>,
+}
+
+impl Listening {
+    /// Keeps what has come along; a peer that passes on more than there is use for finds it closed.
+    fn keep_files(&mut self) {
+        let mut files = lock(&self.shared.files);
+        files.extend(self.reader.take_files());
+        files.truncate(MAX_FILES);
+    }
 }
 
 impl io::Read for Listening {

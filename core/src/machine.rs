@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::memory::GuestMemory;
+use crate::memory_files::MemoryFile;
 
 /// A running machine that can be sent away.
 ///
@@ -41,7 +42,20 @@ pub trait SourceMachine: Send + Sync {
     /// The state of every vCPU, chip and device of a paused machine. May be called several times.
     fn save(&self) -> Result<Vec<Section>, MachineError>;
 
-    /// Lets a paused machine run on: also after a failed move, so every ready queue is processed as if kicked.
+    /// The memory of this paused machine is about to be another process's, as it is and where it is: from here on nothing in this
+    /// process may touch it, until it is taken back. Asked for only if all of [`SourceMachine::memory`] can be handed over
+    /// ([`crate::memory_files`]).
+    fn let_go_of_memory(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    /// The memory is this machine's again after all. Does nothing if it was never let go of.
+    fn take_back_memory(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    /// Lets a paused machine run on: also after a failed move, so every ready queue is processed as if kicked. Its memory is taken
+    /// back first, if it was let go of.
     fn resume(&self) -> Result<(), MachineError>;
 
     /// Limits the vCPUs to this share of their time (1.0: no limit).
@@ -101,7 +115,14 @@ pub trait DestinationHost: Send {
     /// but for what the answer needs: that is gone when the host is dropped or has prepared the machine.
     fn check(&mut self, description: &MachineDescription, question: &[u8]) -> Verdict;
 
-    /// Builds the machine, with memory that reads as zeros, and does all that can be done before state arrives.
+    /// Keeps the files behind the memory of a machine that is on this host, for [`DestinationHost::check`] and
+    /// [`DestinationHost::prepare`], or says why it cannot: then memory is sent. Before the machine is this end's
+    /// ([`DestinationMachine::own_memory`]) they may be read and not written, since its guest still runs on them.
+    fn take_memory(&mut self, _files: Vec<MemoryFile>) -> Result<(), String> {
+        Err("this VMM cannot take memory over".into())
+    }
+
+    /// Builds the machine, with memory that reads as zeros unless it was handed over, and does all that can be done before state arrives.
     fn prepare(&mut self, description: &MachineDescription) -> Result<Self::Machine, MachineError>;
 }
 
@@ -112,6 +133,12 @@ pub trait DestinationMachine: Send {
 
     /// Loads state. Called as a rehearsal before memory arrives (twice, with state that is soon stale) and once for good.
     fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<(), MachineError>;
+
+    /// The machine is this end's from here on, and so is memory that was handed over: it may be written. Called once, before
+    /// [`DestinationMachine::start`], and for a machine that is to stay paused too.
+    fn own_memory(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 
     /// Lets the guest run, after [`DestinationMachine::load`]. Not called for a machine that is to stay paused.
     fn start(&mut self) -> Result<(), MachineError>;

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::channel::SessionToken;
 use crate::codec::{self, CodecError};
 use crate::machine::{MachineDescription, Section, Verdict};
+use crate::memory_files::MemoryOffer;
 
 /// The protocol's version: another major number cannot be talked to, a smaller minor one sets what is used.
 pub const VERSION: Version = Version { major: 1, minor: 1 };
@@ -27,6 +28,10 @@ pub const VERSION: Version = Version { major: 1, minor: 1 };
 pub const FEATURE_RETURN: u64 = 1;
 /// Pages may be sent as differences from what was last sent of them ([`crate::delta`]).
 pub const FEATURE_DELTA: u64 = 2;
+/// On one host memory may be handed over as the files behind it ([`crate::memory_files`]).
+pub const FEATURE_MEMORY_FILES: u64 = 4;
+/// All that this version can do.
+pub const FEATURES: u64 = FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"GWCT";
@@ -73,7 +78,7 @@ pub struct PreflightRequest {
     pub question: Vec<u8>,
     /// The claims by which ownership passes; none: by *commit* alone.
     pub claims: Option<SharedClaims>,
-    /// Data channels to come.
+    /// Data channels to come; none if memory was handed over.
     pub channels: u16,
     /// Nothing will follow.
     pub dry_run: bool,
@@ -209,6 +214,8 @@ messages! {
     22 Commit(Commit) max 64;
     /// Source: if the links break while memory is being sent, keep what has arrived for so long.
     23 Keep(Duration) max 64;
+    /// Source: these files, whose descriptors come along, are the machine's memory: map them, and nothing need be sent.
+    24 Memory(MemoryOffer) max 4 * KIB;
     /// Destination: the number and CLOCK_REALTIME in nanoseconds.
     32 ClockReply((u32, i64)) max 64;
     /// Destination: every reason against it, and the answer to the question; no reason: go on.
@@ -223,6 +230,8 @@ messages! {
     37 Running(Vec<TimedStep>) max 64 * KIB;
     /// Destination: the session is back; its data channels are to show this.
     38 Attached(SessionToken) max 64;
+    /// Destination: it will map the files that were offered, or why it cannot.
+    39 MemoryTaken(Option<String>) max 4 * KIB;
 }
 
 /// Why bytes are no message.

@@ -178,6 +178,8 @@ pub struct Report {
     pub resent_bytes: u64,
     /// Pages sent, by encoding.
     pub pages: PageCounts,
+    /// Memory that was handed over to a destination on the same host, instead of being sent.
+    pub handed_over_bytes: Option<u64>,
     /// With `--audit`: what the stopped source's memory said against the table.
     pub audit: Option<String>,
 }

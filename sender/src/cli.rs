@@ -192,6 +192,9 @@ pub(crate) struct MigrateArgs {
     /// Compression of pages: auto, none, zstd, zstd:LEVEL
     #[arg(long, value_name = "HOW")]
     pub(crate) compress: Option<String>,
+    /// To a receiver on this host (unix:/PATH): hand the machine's memory over instead of copying it, where it can be (auto), or else be refused (require), or never (off) [default: auto]
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) memory_handover: Option<MemoryHandoverArg>,
     /// Memory for what was last sent of pages, so that over a slow link only differences are sent (the predicted pause does not reckon yet with what applying them takes) [default: 0, none]
     #[arg(long, value_name = "SIZE")]
     pub(crate) delta_cache: Option<ByteSize>,
@@ -222,6 +225,16 @@ pub(crate) enum OnStallArg {
     Throttle,
     #[value(hide = true)]
     Postcopy,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum MemoryHandoverArg {
+    /// Where it can be done
+    Auto,
+    /// Or the move is refused
+    Require,
+    /// Memory is copied
+    Off,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -12,7 +12,7 @@ use godwit_vmm::config::ByteSize;
 use serde_json::{Value, json};
 
 use crate::Failure;
-use crate::cli::{MigrateArgs, OnStallArg, Switch};
+use crate::cli::{MemoryHandoverArg, MigrateArgs, OnStallArg, Switch};
 use crate::follow::{OnInterrupt, follow};
 use crate::interrupt::Interrupts;
 
@@ -86,6 +86,7 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         downtime_limit: args.downtime_limit.map(whole_ms),
         multifd_channels: args.channels,
         compress: args.compress.clone(),
+        memory_handover: args.memory_handover.map(memory_handover),
         xbzrle_cache_size: args.delta_cache.map(ByteSize::bytes),
         pause_timeout: args.pause_timeout.map(whole_ms),
         handover_timeout: args.handover_timeout.map(whole_ms),
@@ -98,6 +99,15 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         insecure: args.insecure.then_some(true),
         ..Parameters::default()
     })
+}
+
+fn memory_handover(when: MemoryHandoverArg) -> String {
+    match when {
+        MemoryHandoverArg::Auto => "auto",
+        MemoryHandoverArg::Require => "require",
+        MemoryHandoverArg::Off => "off",
+    }
+    .into()
 }
 
 pub(crate) fn or_zero(bandwidth: OrNone<Bandwidth>) -> u64 {

@@ -3,11 +3,13 @@
 
 mod common;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Seek, Write};
+use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::*;
+use godwit_core::memory_files::MAX_FILES;
 use godwit_core::{IncomingData, SessionToken};
 use godwit_transport::DialError;
 
@@ -306,4 +308,60 @@ fn a_silently_cut_quic_link_can_be_hung_up_and_left() {
     let error = connect(&uri, Options::default()).unwrap().control(Duration::from_millis(300)).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(since.elapsed() < Duration::from_millis(300) + AT_ONCE);
+}
+
+/// Whether this is the file whose contents are `contents`.
+fn contains(file: std::os::fd::OwnedFd, contents: &str) -> bool {
+    let mut file = std::fs::File::from(file);
+    let mut text = String::new();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    text == contents
+}
+
+#[test]
+fn files_are_passed_on_over_unix_sockets_and_nothing_else() {
+    for uri in Places::new().all() {
+        let (_listener, mut dialled, mut accepted) = control(&uri);
+        let files = ["one", "two"].map(|contents| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(contents.as_bytes()).unwrap();
+            file
+        });
+        let descriptors: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+        let sent = dialled.writer.write_all_with_files(b"here they are", &descriptors);
+        if !dialled.writer.passes_files() {
+            assert_eq!(sent.unwrap_err().kind(), ErrorKind::Unsupported, "{uri}");
+            continue;
+        }
+        assert!(uri.to_string().starts_with("unix:"), "{uri}");
+        sent.unwrap();
+        let mut bytes = [0; 13];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            filled += accepted.reader.read(&mut bytes[filled..]).unwrap();
+        }
+        assert_eq!(&bytes, b"here they are");
+        let passed: Vec<_> = accepted.reader.take_files();
+        assert_eq!(passed.len(), 2);
+        for (file, contents) in passed.into_iter().zip(["one", "two"]) {
+            assert!(contains(file, contents));
+        }
+        assert!(accepted.reader.take_files().is_empty(), "they are handed out once");
+    }
+}
+
+#[test]
+fn a_peer_cannot_make_this_process_keep_many_files() {
+    let places = Places::new();
+    let uri = places.all().pop().unwrap();
+    let (_listener, mut dialled, mut accepted) = control(&uri);
+    let file = tempfile::tempfile().unwrap();
+    let many = [file.as_fd(); MAX_FILES];
+    assert!(dialled.writer.write_all_with_files(b"x", &[file.as_fd(); MAX_FILES + 1]).is_err());
+    for _ in 0..3 {
+        dialled.writer.write_all_with_files(b"y", &many).unwrap();
+        assert_eq!(accepted.reader.read(&mut [0]).unwrap(), 1);
+    }
+    assert_eq!(accepted.reader.take_files().len(), MAX_FILES);
 }

@@ -7,17 +7,23 @@ mod taps;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use godwit_core::memory_files::MemoryFile;
 use godwit_core::{
     DestinationHost, DestinationMachine, GuestMemory, LoadContext, MachineDescription, MachineError, Refusal, Section,
     SourceMachine, Verdict,
 };
 
-use crate::config::{MachineConfig, SerialTarget};
+use rustix::fs::fstatfs;
+
+use crate::config::{MachineConfig, MemoryBacking, SerialTarget};
 use crate::description::Described;
 use crate::disks::{self, DiskVerdict};
 use crate::machine::{Arriving, BootFiles, Machine};
 use crate::preflight;
 use crate::state;
+
+/// What a file system of huge pages says that it is (linux/magic.h).
+const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
 
 /// What this host lets an incoming machine use. Nothing else that the peer names is touched.
 #[derive(Debug, Clone, Default)]
@@ -51,12 +57,14 @@ pub struct KvmHost {
     pub options: HostOptions,
     /// What has been found out about its disks: the files made for that exist as long as this does.
     disks: DiskVerdict,
+    /// Its memory, if that is handed over.
+    memory: Option<Vec<MemoryFile>>,
 }
 
 impl KvmHost {
     /// This host, with these options.
     pub fn new(options: HostOptions) -> Self {
-        Self { options, disks: DiskVerdict::default() }
+        Self { options, ..Self::default() }
     }
 }
 
@@ -88,14 +96,21 @@ impl DestinationHost for KvmHost {
                 self.disks = self.check_disks(&machine.config, question);
                 refusals.append(&mut self.disks.refusals);
                 refusals.extend(taps::check(&machine, &self.options));
+                let memory = self.memory.as_deref();
+                refusals.extend(memory.and_then(|files| memory_objection(&machine.config, files)));
                 match facts::gather(&machine, &self.options) {
                     Err(mut lacking) => refusals.append(&mut lacking),
-                    Ok(host) => refusals.extend(preflight::refusals(&machine, &host)),
+                    Ok(host) => refusals.extend(preflight::refusals(&machine, &host, memory.is_some())),
                 }
             }
         }
         let DiskVerdict { warnings, evidence, .. } = &self.disks;
         Verdict { refusals, warnings: warnings.clone(), evidence: evidence.clone() }
+    }
+
+    fn take_memory(&mut self, files: Vec<MemoryFile>) -> Result<(), String> {
+        self.memory = Some(files);
+        Ok(())
     }
 
     fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
@@ -108,12 +123,21 @@ impl DestinationHost for KvmHost {
             MachineError::new(reasons.join("; "))
         })?;
         let boot_files = BootFiles::Under(self.options.boot_file_dirs.clone());
-        let machine = Machine::build(&config, Some(Arriving { identity, accepted_features }), boot_files)?;
+        let memory = self.memory.take();
+        let machine = Machine::build(&config, Some(Arriving { identity, accepted_features, memory }), boot_files)?;
         if !self.options.no_announce {
             machine.announce_at_first_resume();
         }
         Ok(IncomingMachine { machine, loaded: false })
     }
+}
+
+/// Why the files are not the memory that the machine's definition speaks of, if they are not: it is mapped as that says.
+fn memory_objection(config: &MachineConfig, files: &[MemoryFile]) -> Option<Refusal> {
+    let huge = |file: &MemoryFile| fstatfs(&file.file).is_ok_and(|stat| stat.f_type == HUGETLBFS_MAGIC);
+    let fits =
+        config.memory_backing == MemoryBacking::Memfd && files.iter().all(|file| huge(file) == config.huge_pages);
+    (!fits).then(|| Refusal::new("memory", "the files that were handed over are not of the kind that the machine has"))
 }
 
 /// A machine that is being filled with another one's memory and state.
@@ -141,6 +165,10 @@ impl DestinationMachine for IncomingMachine {
         self.machine.forget_cached_disks();
         self.loaded = true;
         Ok(())
+    }
+
+    fn own_memory(&mut self) -> Result<(), MachineError> {
+        Ok(self.machine.own_memory()?)
     }
 
     fn start(&mut self) -> Result<(), MachineError> {

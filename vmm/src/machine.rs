@@ -214,6 +214,11 @@ impl Machine {
         self.inner.announcer.expect();
     }
 
+    /// It is this process's from here on, and so is memory that was handed over.
+    pub(crate) fn own_memory(&self) -> Result<(), VmmError> {
+        self.inner.ram.own()
+    }
+
     /// Loads state into a machine that has not run yet.
     pub(crate) fn load(&self, sections: &[Section], context: &LoadContext) -> Result<(), VmmError> {
         self.inner.load(sections, context)
@@ -257,6 +262,14 @@ impl SourceMachine for Machine {
 
     fn save(&self) -> Result<Vec<Section>, MachineError> {
         Ok(self.inner.save()?)
+    }
+
+    fn let_go_of_memory(&self) -> Result<(), MachineError> {
+        Ok(self.inner.let_go_of_memory()?)
+    }
+
+    fn take_back_memory(&self) -> Result<(), MachineError> {
+        Ok(self.own_memory()?)
     }
 
     fn resume(&self) -> Result<(), MachineError> {

@@ -1,18 +1,35 @@
 //! Guest RAM: where it lies in the guest, and what it is made of here.
+//!
+//! ```text
+//!  made here ──────────────────► owned ───────────────► let go of: its guest is about to go on elsewhere, in this very memory
+//!                                ▲   ▲                      │
+//!                                │   └────── taken back ────┘
+//!  handed over (memfds) ──► only looked at ──┐ again, for what it holds by now
+//!                              ▲─────────────┘
+//! ```
+//!
+//! Memory that is only looked at can be read. What is written to it, by this process or by KVM, stays here as a copy of the page and is
+//! forgotten with the next step: whoever owns the memory never sees it. What has been let go of is neither read nor written by a paused
+//! machine; mapping it in another way would take long, in the pause, where much of it is in use.
 
 mod mapping;
 
 use std::io::Write;
+use std::sync::{Arc, Mutex};
 
-use godwit_core::GuestMemory;
 use godwit_core::machine::RegionDescription;
+use godwit_core::memory_files::MemoryFile;
+use godwit_core::{GuestMemory, PAGE_SIZE};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, MmapRegion,
 };
 
+use self::mapping::Sharing;
 use crate::config::MemoryBacking;
 use crate::error::VmmError;
+use crate::sync::lock;
 
 /// Where the hole for 32-bit devices (interrupt controllers, MMIO) begins: 3 GiB.
 pub(crate) const GAP_START: u64 = 3 << 30;
@@ -56,20 +73,98 @@ pub fn guest_memory(size_bytes: u64, backing: MemoryBacking, huge_pages: bool) -
 pub(crate) struct Ram {
     memory: GuestMemory,
     backing: MemoryBacking,
+    hold: Arc<Mutex<Hold>>,
+}
+
+/// Whose the memory is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Hold {
+    /// This process's.
+    Owned,
+    /// Another process's guest runs in it: it is only looked at.
+    LookedAt,
+    /// Another process's guest is about to run in it. The page at this place, if any, stays here as it is now.
+    LetGo(Option<GuestAddress>),
 }
 
 impl Ram {
     /// Maps RAM that reads as zeros.
     pub(crate) fn new(size_bytes: u64, backing: MemoryBacking, huge_pages: bool) -> Result<Self, VmmError> {
+        let map = |region: RegionDescription| Ok((region, mapping::map(region.size_bytes, backing, huge_pages)?));
+        Self::of(layout(size_bytes).into_iter().map(map), backing)
+    }
+
+    /// Maps RAM that is handed over, to be only looked at.
+    pub(crate) fn handed_over(files: Vec<MemoryFile>, huge_pages: bool) -> Result<Self, VmmError> {
+        let map = |MemoryFile { region, file, offset }: MemoryFile| {
+            let file = FileOffset::new(file, offset);
+            Ok((region, mapping::map_over(region.size_bytes, Some(file), huge_pages)?))
+        };
+        let ram = Self::of(files.into_iter().map(map), MemoryBacking::Memfd)?;
+        *lock(&ram.hold) = Hold::LookedAt;
+        ram.look_again()?;
+        Ok(ram)
+    }
+
+    fn of(
+        mapped: impl Iterator<Item = Result<(RegionDescription, MmapRegion<AtomicBitmap>), VmmError>>,
+        backing: MemoryBacking,
+    ) -> Result<Self, VmmError> {
         let mut regions = Vec::new();
-        for region in layout(size_bytes) {
-            let mapping = mapping::map(region.size_bytes, backing, huge_pages)?;
+        for mapped in mapped {
+            let (region, mapping) = mapped?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(region.guest_address))
                 .ok_or_else(|| VmmError::Status("a RAM region wraps around the address space".into()))?;
             regions.push(region);
         }
         let memory = GuestMemory::from_regions(regions).map_err(VmmError::memory("cannot lay out guest memory"))?;
-        Ok(Self { memory, backing })
+        Ok(Self { memory, backing, hold: Arc::new(Mutex::new(Hold::Owned)) })
+    }
+
+    /// Looks at the memory, if it is only looked at, as it is now: what was written to it before is forgotten.
+    pub(crate) fn look_again(&self) -> Result<(), VmmError> {
+        match *lock(&self.hold) {
+            Hold::LookedAt => self.remap(Sharing::CopiedOnWrite),
+            Hold::Owned | Hold::LetGo(_) => Ok(()),
+        }
+    }
+
+    /// The memory is about to be another process's. The page at `kept` stays here as it is now, for whoever looks at it from outside.
+    pub(crate) fn let_go(&self, kept: Option<GuestAddress>) -> Result<(), VmmError> {
+        let mut hold = lock(&self.hold);
+        if let Some(page) = kept {
+            self.remap_page(page, Sharing::CopiedOnWrite)?;
+            // Now it can be taken back, whatever becomes of the rest.
+            *hold = Hold::LetGo(kept);
+            let byte: u8 = self.memory.read_obj(page).map_err(VmmError::memory("cannot read guest memory"))?;
+            self.memory.write_obj(byte, page).map_err(VmmError::memory("cannot copy a page of guest memory"))?;
+        }
+        *hold = Hold::LetGo(kept);
+        Ok(())
+    }
+
+    /// The memory is this process's from here on, if it was not.
+    pub(crate) fn own(&self) -> Result<(), VmmError> {
+        let mut hold = lock(&self.hold);
+        match *hold {
+            Hold::LookedAt => self.remap(Sharing::Written)?,
+            Hold::LetGo(Some(page)) => self.remap_page(page, Sharing::Written)?,
+            Hold::LetGo(None) | Hold::Owned => {}
+        }
+        *hold = Hold::Owned;
+        Ok(())
+    }
+
+    fn remap(&self, sharing: Sharing) -> Result<(), VmmError> {
+        self.memory.iter().try_for_each(|region| mapping::remap(region, 0..region.size(), sharing))
+    }
+
+    fn remap_page(&self, page: GuestAddress, sharing: Sharing) -> Result<(), VmmError> {
+        let (region, MemoryRegionAddress(offset)) = self
+            .memory
+            .to_region_addr(page)
+            .ok_or_else(|| VmmError::Status(format!("there is no guest memory at {:#x}", page.raw_value())))?;
+        mapping::remap(region, offset as usize..offset as usize + PAGE_SIZE, sharing)
     }
 
     /// As the engine sees it.
@@ -121,6 +216,9 @@ impl Ram {
 
     /// Makes all of RAM read as zeros again and gives its pages back to the host. Every page counts as written.
     pub(crate) fn clear(&self) -> Result<(), VmmError> {
+        if *lock(&self.hold) != Hold::Owned {
+            return Err(VmmError::Status("guest memory is another process's: it cannot be cleared here".into()));
+        }
         for region in self.memory.iter() {
             let length = region.len() as usize;
             mapping::discard(region, 0, length)?;
@@ -184,8 +282,8 @@ pub(crate) fn host_address(region: &impl GuestMemoryRegion) -> Result<u64, VmmEr
 
 #[cfg(test)]
 mod tests {
+    use godwit_core::memory_files;
     use proptest::prelude::*;
-    use vm_memory::MmapRegion;
 
     use super::*;
     use crate::config::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
@@ -255,5 +353,54 @@ mod tests {
     fn mappings_are_aligned_to_huge_pages() {
         let ram = Ram::new(64 << 20, MemoryBacking::Private, false).unwrap();
         assert_eq!(ram.regions()[0].host_address % (2 << 20), 0);
+    }
+
+    /// The same memory in another process, as far as memory can tell.
+    fn handed_over(ram: &Ram) -> Ram {
+        Ram::handed_over(memory_files::of(ram.guest()).unwrap(), false).unwrap()
+    }
+
+    #[test]
+    fn memory_that_is_looked_at_is_read_and_never_written() {
+        let source = Ram::new(4 << 20, MemoryBacking::Memfd, false).unwrap();
+        source.guest().write_obj(1u8, GuestAddress(0x1000)).unwrap();
+        let destination = handed_over(&source);
+        let (here, there) = (|at| source.read(at, 1).unwrap()[0], |at| destination.read(at, 1).unwrap()[0]);
+        assert_eq!(there(0x1000), 1);
+        destination.guest().write_obj(7u8, GuestAddress(0x1000)).unwrap();
+        assert_eq!((here(0x1000), there(0x1000)), (1, 7), "what is written stays in the copy");
+        source.guest().write_obj(2u8, GuestAddress(0x1000)).unwrap();
+        source.guest().write_obj(3u8, GuestAddress(0x2000)).unwrap();
+        assert_eq!((there(0x1000), there(0x2000)), (7, 3));
+        destination.look_again().unwrap();
+        assert_eq!(there(0x1000), 2, "the copy is forgotten");
+        assert!(destination.clear().is_err());
+        destination.guest().write_obj(8u8, GuestAddress(0x3000)).unwrap();
+        source.let_go(Some(GuestAddress(0x2000))).unwrap();
+        destination.own().unwrap();
+        assert_eq!(there(0x3000), 0, "what was written before is forgotten");
+        destination.guest().write_obj(9u8, GuestAddress(0x1000)).unwrap();
+        destination.guest().write_obj(9u8, GuestAddress(0x2000)).unwrap();
+        assert_eq!((here(0x1000), here(0x2000)), (9, 3), "one page stays as it was");
+        assert!(source.clear().is_err());
+        assert!(destination.clear().is_ok());
+    }
+
+    #[test]
+    fn memory_is_taken_back_and_handed_on() {
+        let source = Ram::new(4 << 20, MemoryBacking::Memfd, false).unwrap();
+        for kept in [None, Some(GuestAddress(0))] {
+            source.let_go(kept).unwrap();
+            source.own().unwrap();
+        }
+        source.guest().write_obj(5u8, GuestAddress(0)).unwrap();
+        let next = handed_over(&source);
+        next.own().unwrap();
+        drop(source);
+        let last = handed_over(&next);
+        drop(next);
+        assert_eq!(last.read(0, 1).unwrap(), [5]);
+        assert_eq!(last.regions()[0].kind, "memfd");
+        assert_eq!(last.regions()[0].host_address % (2 << 20), 0);
     }
 }

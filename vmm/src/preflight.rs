@@ -41,12 +41,14 @@ pub(crate) struct MemoryFacts {
     pub(crate) commit_left_bytes: Option<u64>,
 }
 
-/// Every reason why the host cannot take the machine in.
-pub(crate) fn refusals(machine: &Described, host: &HostFacts) -> Vec<Refusal> {
+/// Every reason why the host cannot take the machine in. Memory that is `handed_over` is there already.
+pub(crate) fn refusals(machine: &Described, host: &HostFacts, handed_over: bool) -> Vec<Refusal> {
     let mut refusals = cpu(machine, host);
     refusals.extend(msrs(machine, host));
     refusals.extend(tsc(machine, host));
-    refusals.extend(memory(machine, &host.memory));
+    if !handed_over {
+        refusals.extend(memory(machine, &host.memory));
+    }
     refusals
 }
 
@@ -153,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_host_like_the_first_one_is_good_enough() {
-        assert_eq!(refusals(&machine(), &host()), Vec::new());
+        assert_eq!(refusals(&machine(), &host(), false), Vec::new());
     }
 
     #[test]
@@ -166,7 +168,7 @@ mod tests {
         host.msrs.clear();
         host.tsc_khz = 2_600_000;
         host.memory.available_bytes = 1;
-        let reasons: Vec<_> = refusals(&machine, &host).iter().map(ToString::to_string).collect();
+        let reasons: Vec<_> = refusals(&machine, &host, false).iter().map(ToString::to_string).collect();
         for expected in
             ["aes (leaf 0x1 ecx bit 25)", "9 vCPUs", "0x174, 0x2ff", "2600000 kHz", "1G of available memory"]
         {
@@ -178,13 +180,13 @@ mod tests {
     fn huge_pages_and_strict_overcommit_are_counted() {
         let mut with_huge_pages = machine();
         with_huge_pages.config.huge_pages = true;
-        assert!(refusals(&with_huge_pages, &host())[0].reason.contains("2 MiB pages"));
+        assert!(refusals(&with_huge_pages, &host(), false)[0].reason.contains("2 MiB pages"));
         let mut strict = host();
         strict.memory.commit_left_bytes = Some(1 << 20);
-        assert!(refusals(&machine(), &strict)[0].reason.contains("overcommit"));
+        assert!(refusals(&machine(), &strict, false)[0].reason.contains("overcommit"));
         let mut memfd = machine();
         memfd.config.memory_backing = MemoryBacking::Memfd;
-        assert_eq!(refusals(&memfd, &strict), Vec::new());
+        assert_eq!(refusals(&memfd, &strict, false), Vec::new());
     }
 
     proptest! {
@@ -195,7 +197,7 @@ mod tests {
             let mut host = host();
             host.tsc_scaling = scaling;
             host.tsc_khz = guest + (u64::from(guest) * u64::from(ppm) / 1_000_000) as u32;
-            let refused = !refusals(&machine, &host).is_empty();
+            let refused = !refusals(&machine, &host, false).is_empty();
             prop_assert!(!refused || (!scaling && ppm > 240));
             prop_assert!(refused || scaling || ppm < 260);
         }
@@ -206,9 +208,9 @@ mod tests {
             machine.identity.shape.msrs = msrs.iter().copied().collect();
             let mut host = host();
             host.msrs = machine.identity.shape.msrs.clone();
-            prop_assert_eq!(refusals(&machine, &host), Vec::new());
+            prop_assert_eq!(refusals(&machine, &host, false), Vec::new());
             let gone = host.msrs.remove(which.index(msrs.len()));
-            let named = refusals(&machine, &host)[0].reason.contains(&format!("{gone:#x}"));
+            let named = refusals(&machine, &host, false)[0].reason.contains(&format!("{gone:#x}"));
             prop_assert!(named);
         }
     }

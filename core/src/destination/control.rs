@@ -18,9 +18,9 @@ use std::time::Duration;
 use super::DestinationOptions;
 use crate::channel::SessionToken;
 use crate::machine::{LoadContext, MachineDescription, Section, Verdict};
+use crate::memory_files::MemoryOffer;
 use crate::message::{
-    Commit, FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims,
-    TimedStep, VERSION,
+    Commit, FEATURES, Hello, Message, PreflightRequest, PrepareRequest, Prepared, SharedClaims, TimedStep, VERSION,
 };
 use crate::ownership::destination::{self as rules, DestinationHandover, Dropped};
 use crate::ownership::store::ClaimAnswer;
@@ -35,6 +35,8 @@ pub enum Input {
     Message(Message),
     /// The control link broke, or nothing was heard for too long; why.
     LinkLost(String),
+    /// The machine's memory was taken over, or why it cannot be.
+    MemoryTaken(Result<MemoryOffer, String>),
     /// The machine was judged.
     Checked(Verdict),
     /// The machine was built and the rehearsed state loaded; how long the load took.
@@ -76,6 +78,8 @@ pub enum Input {
 pub enum Action {
     /// Send a message.
     Send(Message),
+    /// Take over the files that have come with this offer.
+    TakeMemory(MemoryOffer),
     /// Judge the machine, answer what the source asks, and look for its claims.
     Check(MachineDescription, Vec<u8>, Option<SharedClaims>),
     /// Build it and load the rehearsal.
@@ -106,7 +110,7 @@ pub enum Action {
     Wait,
     /// Tell the user what cannot go on for now; why.
     Say(String),
-    /// Let it run, or not.
+    /// It is this end's, and so is its memory: let it run, or not.
     Start {
         /// Whether its vCPUs are to run.
         run: bool,
@@ -129,6 +133,7 @@ pub enum Action {
 enum State {
     Hello,
     Preflight,
+    TakingMemory,
     Checking(Box<PreflightRequest>),
     AwaitPrepare(Box<PreflightRequest>),
     Building(LoadContext),
@@ -164,6 +169,8 @@ pub struct DestinationControl {
     state: State,
     channels: u16,
     verify: bool,
+    /// Memory that was handed over: nothing will be sent.
+    memory: Option<MemoryOffer>,
     /// How long to keep what has arrived if the links break.
     keep: Option<Duration>,
     /// The data channels have been open.
@@ -184,6 +191,7 @@ impl DestinationControl {
             state,
             channels: 0,
             verify: true,
+            memory: None,
             keep: None,
             opened: false,
             peer,
@@ -251,6 +259,15 @@ impl DestinationControl {
                 self.act(Action::Send(Message::ClockReply((number, 0))));
                 state
             }
+            (State::Preflight, Input::Message(Message::Memory(offer))) if self.memory.is_none() => {
+                self.act(Action::TakeMemory(offer));
+                State::TakingMemory
+            }
+            (State::TakingMemory, Input::MemoryTaken(taken)) => {
+                let refused = taken.map(|offer| self.memory = Some(offer)).err();
+                self.act(Action::Send(Message::MemoryTaken(refused)));
+                State::Preflight
+            }
             (State::Preflight, Input::Message(Message::Preflight(request))) => self.preflight(request),
             (State::Checking(request), Input::Checked(verdict)) => {
                 let go_on = verdict.refusals.is_empty();
@@ -289,7 +306,7 @@ impl DestinationControl {
         self.peer = format!("{} ({}, {})", self.peer, hello.host, hello.program);
         self.act(Action::Send(Message::Hello(Hello {
             version: VERSION,
-            features: FEATURE_RETURN | FEATURE_DELTA,
+            features: FEATURES,
             program: concat!("godwit ", env!("CARGO_PKG_VERSION")).into(),
             host: self.options.host_name.clone(),
         })));
@@ -301,9 +318,17 @@ impl DestinationControl {
     }
 
     fn preflight(&mut self, request: PreflightRequest) -> State {
-        if !(1..=MAX_CHANNELS).contains(&request.channels) {
+        let possible = match &self.memory {
+            Some(memory) if !memory.covers(&request.machine.memory) => {
+                return self.abort("the memory that was handed over is not the machine's".into());
+            }
+            Some(_) => 0..=0,
+            None => 1..=MAX_CHANNELS,
+        };
+        if !possible.contains(&request.channels) {
+            let (fewest, most) = possible.into_inner();
             return self
-                .abort(format!("{} data channels were asked for, 1 to {MAX_CHANNELS} are possible", request.channels));
+                .abort(format!("{} data channels were asked for, {fewest} to {most} are possible", request.channels));
         }
         self.act(Action::Check(request.machine.clone(), request.question.clone(), request.claims.clone()));
         State::Checking(Box::new(request))

@@ -61,8 +61,10 @@ pub struct Driver<'a, H: DestinationHost> {
     last_word_until: Option<Instant>,
     stop_told: bool,
     claims: Option<SharedClaims>,
-    /// How long each attempt to claim took.
-    claim_steps: Vec<TimedStep>,
+    /// The files behind the machine's memory were taken over.
+    memory_taken: bool,
+    /// How long each attempt to claim took, and what followed.
+    handover_steps: Vec<TimedStep>,
     began: Instant,
     report: Report,
 }
@@ -102,7 +104,8 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             last_word_until: None,
             stop_told: false,
             claims: None,
-            claim_steps: Vec::new(),
+            memory_taken: false,
+            handover_steps: Vec::new(),
             began: Instant::now(),
             report: Report::default(),
         })
@@ -141,6 +144,12 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     fn execute(&mut self, action: Action) {
         match action {
             Action::Send(message) => self.send(message),
+            Action::TakeMemory(offer) => {
+                let files = offer.accept(self.link.take_files());
+                let taken = files.and_then(|files| self.host.take_memory(files));
+                self.memory_taken = taken.is_ok();
+                self.control.handle(Input::MemoryTaken(taken.map(|()| offer)));
+            }
             Action::Check(machine, question, claims) => {
                 self.enter(Phase::Preflight);
                 let mut verdict = self.host.check(&machine, &question);
@@ -201,14 +210,8 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             }
             Action::Start { run } => {
                 self.enter(Phase::Commit);
-                let began = Instant::now();
-                let started = match &mut self.machine {
-                    Some(machine) if run => machine.start().map_err(|error| error.to_string()),
-                    _ => Ok(()),
-                };
-                let step = self.step("start vCPUs", began);
-                let steps = started.map(|()| self.claim_steps.drain(..).chain([step]).collect());
-                self.control.handle(Input::Started(steps));
+                let started = self.start(run).map_err(|error| error.to_string());
+                self.control.handle(Input::Started(started.map(|()| std::mem::take(&mut self.handover_steps))));
             }
             Action::Own { .. } | Action::GiveUp(_) | Action::Lose(_) => {}
         }
@@ -242,7 +245,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         let Some(claims) = &self.claims else { return };
         let answer = claims.store().claim(claim, CALL_LIMIT);
         let step = self.step("claim", began);
-        self.claim_steps.push(step);
+        self.handover_steps.push(step);
         self.control.handle(Input::Claimed(answer));
     }
 
@@ -286,6 +289,23 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         Ok(load)
     }
 
+    /// The machine is this end's, and so is its memory: lets it run, or not.
+    fn start(&mut self, run: bool) -> Result<(), MachineError> {
+        let Some(machine) = &mut self.machine else { return Ok(()) };
+        let began = Instant::now();
+        machine.own_memory()?;
+        let owned = Instant::now();
+        if run {
+            machine.start()?;
+        }
+        let steps = [("own memory", began, owned), ("start vCPUs", owned, Instant::now())];
+        for (name, began, ended) in steps.into_iter().skip(usize::from(!self.memory_taken)) {
+            let step = self.timed(name, ended - began);
+            self.handover_steps.push(step);
+        }
+        Ok(())
+    }
+
     fn own(mut self, running: bool, right: Option<(RightToRun, Nonce)>) -> DestinationOutcome<H::Machine> {
         self.enter(Phase::Completed);
         self.join();
@@ -311,7 +331,10 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     }
 
     fn step(&mut self, name: &str, began: Instant) -> TimedStep {
-        let duration = began.elapsed();
+        self.timed(name, began.elapsed())
+    }
+
+    fn timed(&mut self, name: &str, duration: Duration) -> TimedStep {
         let duration_ms = duration.as_secs_f64() * 1e3;
         self.report.steps.push(Step { end: "destination", name: name.into(), duration_ms });
         TimedStep { name: name.into(), duration }

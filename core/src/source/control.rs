@@ -9,6 +9,8 @@
 //!        completed ← commit ← state ← final-pages ← pause ←───┘
 //! ```
 //!
+//! Memory that is handed over instead of being sent skips from *prepare* to *pause* (`control/handing_over.rs`).
+//!
 //! A link that breaks between *first-pass* and *state* is made anew, and the rounds go on (`control/reconnecting.rs`).
 //!
 //! Whatever goes wrong before *commit* takes one way out (`SourceControl::end`), after which the guest is as it was.
@@ -16,6 +18,7 @@
 //! say whose it is, or, where there are none, a person decides.
 
 mod ending;
+mod handing_over;
 mod measured;
 mod reconnecting;
 mod rounds;
@@ -30,7 +33,7 @@ pub use self::measured::HANDOVER_TRIPS;
 use self::measured::{Clock, FixedCost};
 use self::reconnecting::{LastBreak, Reconnecting};
 pub(crate) use self::rounds::TELLING_ROUND_BYTES;
-pub use self::vocabulary::{Action, Done, Input, RoundSent};
+pub use self::vocabulary::{Action, Done, Input, NotOffered, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
 use crate::channel::SessionToken;
 use crate::machine::{MachineDescription, Refusal};
@@ -78,11 +81,17 @@ pub struct SourceControl {
     link_up: bool,
     /// Both ends can take up a session again whose links have broken.
     returns: bool,
+    /// What the other end can do.
+    peer_features: u64,
+    /// Memory is handed over instead of being sent.
+    hands_over: bool,
     session: Option<SessionToken>,
     /// How the last break went.
     last_break: Option<LastBreak>,
 
     machine: Option<MachineDescription>,
+    /// What the machine asks the destination.
+    question: Vec<u8>,
     peer_host: String,
     clock: Clock,
     round: u32,
@@ -143,9 +152,12 @@ impl SourceControl {
             finished: false,
             link_up: false,
             returns: false,
+            peer_features: 0,
+            hands_over: false,
             session: None,
             last_break: None,
             machine: None,
+            question: Vec::new(),
             peer_host: "the destination".into(),
             clock: Clock::default(),
             round: 0,
@@ -231,10 +243,12 @@ impl SourceControl {
         self.round
     }
 
-    /// The pause predicted when the last round ended.
+    /// The pause predicted when the last round ended, or what it takes with nothing to send where memory is handed over.
     pub fn predicted_pause(&self) -> Option<Duration> {
-        let last = self.report.rounds.last()?;
-        Some(Duration::from_secs_f64(last.predicted_pause_ms / 1e3))
+        match self.report.rounds.last() {
+            Some(last) => Some(Duration::from_secs_f64(last.predicted_pause_ms / 1e3)),
+            None => self.hands_over.then(|| self.cost.total()),
+        }
     }
 
     /// The pause, once it is over: until *running* was heard.
@@ -310,7 +324,10 @@ impl SourceControl {
             Input::Cancel if self.may_cancel().is_ok() => self.end(Ending::Cancelled),
             Input::Proceed if self.phase == Phase::PreSwitchover => {
                 self.proceed = true;
-                self.next_round();
+                match self.hands_over {
+                    true => self.act(Action::Flush),
+                    false => self.next_round(),
+                }
             }
             Input::DowntimeLimit(limit) => self.options.downtime_limit = limit,
             Input::Proceed | Input::Cancel | Input::Release | Input::Tick => {}
@@ -348,6 +365,7 @@ impl SourceControl {
             (Phase::Handshake, Message::ClockReply((number, realtime_ns))) if number == self.clock.asked => {
                 self.clock_reply(realtime_ns);
             }
+            (Phase::Preflight, Message::MemoryTaken(refused)) => self.memory_taken(refused),
             (Phase::Preflight, Message::Verdict(verdict)) => {
                 for warning in verdict.warnings {
                     self.act(Action::Say(format!("warning from {}: {warning}", self.peer_host)));
@@ -359,13 +377,19 @@ impl SourceControl {
             }
             (Phase::Prepare, Message::Prepared(prepared)) => {
                 self.cost.load = prepared.load;
+                if self.hands_over {
+                    return self.act(Action::Flush);
+                }
                 self.session = self.returns.then_some(prepared.token);
                 self.act(Action::OpenData { token: prepared.token, table_seed: self.table_seed });
             }
             (Phase::State, Message::Ready(steps)) => {
                 self.destination_steps(steps);
                 self.step("wait for ready");
-                self.commit();
+                match self.hands_over {
+                    true => self.act(Action::LetGo),
+                    false => self.commit(),
+                }
             }
             (Phase::Commit, Message::Running(steps)) => {
                 self.note_running();
@@ -393,10 +417,17 @@ impl SourceControl {
                     self.push_step("source", name, duration);
                 }
                 self.sent_at = self.now;
+                if self.hands_over {
+                    self.enter(Phase::State);
+                    self.act(Action::Send(Message::State(sections)));
+                    return self.act(Action::Send(Message::Table(TableSum { sum: 0 })));
+                }
                 self.enter(Phase::FinalPages);
                 self.act(Action::Send(Message::State(sections)));
                 self.act(Action::SendFinal);
             }
+            (Phase::PreSwitchover, Done::Flushed) if self.proceed => self.flushed(),
+            (Phase::State, Done::LetGo) => self.let_go(),
             (Phase::FinalPages, Done::FinalSent { sum }) => {
                 self.step("final pages");
                 self.enter(Phase::State);

@@ -262,6 +262,7 @@ impl Driver {
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.connect(None),
             Action::Describe => self.describe(),
+            Action::OfferMemory => self.offer_memory(),
             Action::Judge(evidence) => self.judge(evidence),
             Action::Rehearse => {
                 let handle = Arc::clone(&self.handle);
@@ -275,6 +276,7 @@ impl Driver {
                 self.probe = Some(Probe { bytes, began: Instant::now() });
                 self.order(Order::Probe(bytes), 1);
             }
+            Action::Flush => self.flush(),
             Action::StartLog => {
                 let shared = Arc::clone(&self.data.as_ref()?.shared);
                 self.job(move |machine| jobs::start_log(machine, &shared.pages));
@@ -289,6 +291,7 @@ impl Driver {
             Action::AwaitQueue => self.queue_awaited = !self.queue_empty(),
             Action::StopGuest => self.stop_guest(),
             Action::SendFinal => self.order(Order::Final, usize::MAX),
+            Action::LetGo => self.job(jobs::let_go),
             Action::Restore { resume } => self.restore(resume),
             Action::Settle(patience) => self.settle(patience),
             Action::Audit => {

@@ -57,12 +57,11 @@ pub fn harvest(
     lock(harvester).harvest(view.layout(), machine.dirty_log(), view.memory(), pending)
 }
 
-/// Pauses the guest, saves its state and collects the last dirty pages.
+/// Pauses the guest, saves its state and collects the last dirty pages; without `dirty`, memory is handed over, and no log is kept.
 pub fn stop_guest(
     machine: &dyn SourceMachine,
     ownership: Option<&Holding>,
-    pages: &SourcePages,
-    harvester: &Mutex<Harvester>,
+    dirty: Option<(&SourcePages, &Mutex<Harvester>)>,
     limit: Duration,
     now: Clock<'_>,
 ) -> Result<Done, MachineError> {
@@ -79,21 +78,32 @@ pub fn stop_guest(
         holding.begin_handover();
     }
     step("pause vCPUs and devices");
-    if planted(Plant::HarvestBeforeSave) {
+    if let Some((pages, harvester)) = dirty.filter(|_| planted(Plant::HarvestBeforeSave)) {
         harvest(machine, pages, harvester)?;
         return Ok(Done::Stopped { sections: machine.save()?, steps });
     }
     let sections = machine.save()?;
     step("save state");
     // The last harvest follows the last KVM ioctl and the last device write.
-    harvest(machine, pages, harvester)?;
-    step("last harvest");
+    if let Some((pages, harvester)) = dirty {
+        harvest(machine, pages, harvester)?;
+        step("last harvest");
+    }
     Ok(Done::Stopped { sections, steps })
 }
 
-/// The handover has come to nothing: lets the guest run on here, if it did and may.
+/// Lets go of the machine's memory, which the destination is about to own.
+pub fn let_go(machine: &dyn SourceMachine) -> Result<Done, MachineError> {
+    machine.let_go_of_memory()?;
+    Ok(Done::LetGo)
+}
+
+/// The handover has come to nothing: takes the machine's memory back, if it was let go of, and lets the guest run on here, if it did and may.
 pub fn take_back(machine: &dyn SourceMachine, ownership: Option<&Holding>, resume: bool) -> Result<(), MachineError> {
     let ours = ownership.is_none_or(Holding::give_up_handover);
+    if ours {
+        machine.take_back_memory()?;
+    }
     match (resume, ours) {
         (false, _) => Ok(()),
         (true, true) => machine.resume(),

@@ -53,6 +53,18 @@ pub enum Compression {
     Zstd(i32),
 }
 
+/// Whether memory is handed over instead of being sent, where both ends are on one host and share a unix socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MemoryHandover {
+    /// Where it is possible.
+    #[default]
+    Auto,
+    /// Or the move is refused.
+    Require,
+    /// Never: it is sent.
+    Off,
+}
+
 /// The most data channels a move can have.
 pub const MAX_CHANNELS: u16 = 64;
 
@@ -83,6 +95,8 @@ pub struct SourceOptions {
     pub channels: u16,
     /// Compression of pages.
     pub compression: Compression,
+    /// Hand memory over instead of sending it.
+    pub memory_handover: MemoryHandover,
     /// Memory for what was last sent of pages, so that over a slow link only differences need be sent; 0: none.
     pub delta_cache_bytes: u64,
     /// Compare a table of page hashes before state is loaded.
@@ -116,6 +130,7 @@ impl Default for SourceOptions {
             pause_before_switchover: false,
             channels: 1,
             compression: Compression::Auto,
+            memory_handover: MemoryHandover::Auto,
             delta_cache_bytes: 0,
             verify: true,
             audit: false,

@@ -10,17 +10,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_core::SessionToken;
 use godwit_core::destination::control::{Action, DestinationControl, Input};
 use godwit_core::destination::{DestinationOptions, DestinationPages, ReceivingChannel};
 use godwit_core::machine::{
-    DestinationMachine, LoadContext, MachineDescription, MachineError, Refusal, Section, Verdict,
+    DestinationMachine, LoadContext, MachineDescription, MachineError, Refusal, Section, SourceMachine, Verdict,
 };
 use godwit_core::message::{Message, PrepareRequest, SharedClaims, TimedStep};
 use godwit_core::ownership::destination::{self as rules, DestinationHandover};
 use godwit_core::ownership::modelled::{Answer, Call};
 use godwit_core::ownership::{Claim, Holding, Marker, Nonce, RETRY_GAP, RightToRun, Rules};
 use godwit_core::table::{PageHasher, PageTable};
+use godwit_core::{GuestMemory, SessionToken};
 
 use crate::chance::us;
 use crate::event::{Dial, Event, Reached, Wake};
@@ -52,6 +52,8 @@ pub struct DestinationEnd {
     inputs: VecDeque<(u32, Input)>,
     blocked: Option<Blocked>,
     machine: Option<Arc<Machine>>,
+    /// Memory that was handed over.
+    memory: Option<GuestMemory>,
     pages: Option<Arc<DestinationPages>>,
     receiving: Vec<ReceivingChannel>,
     /// The data channels' connections, in order.
@@ -113,6 +115,7 @@ impl World {
             inputs: VecDeque::new(),
             blocked: None,
             machine: None,
+            memory: None,
             pages: None,
             receiving: Vec::new(),
             accepted: Vec::new(),
@@ -221,6 +224,12 @@ impl World {
                 }
                 self.send(end.link.id, 1, &message);
             }
+            Action::TakeMemory(offer) => {
+                let source = offer.regions.first().and_then(|region| self.processes.get(region.inode as usize));
+                end.memory = source.and_then(|source| source.machine.as_ref()).map(|machine| machine.memory());
+                let taken = end.memory.as_ref().map(|_| offer).ok_or_else(|| "the source is gone".into());
+                end.control.handle(Input::MemoryTaken(taken));
+            }
             Action::Check(_, _, claims) => {
                 let refusals = self.destination_agrees((process, end), claims.as_ref()).err().into_iter().collect();
                 let verdict = Verdict { refusals, ..Verdict::default() };
@@ -295,8 +304,11 @@ impl World {
             Some(Blocked::Waiting) => Input::Retry,
             Some(Blocked::Starting { run }) => {
                 let started = match &end.machine {
-                    Some(machine) if run => Incoming(Arc::clone(machine)).start(),
-                    _ => Ok(()),
+                    Some(machine) => {
+                        let mut incoming = Incoming(Arc::clone(machine));
+                        incoming.own_memory().and_then(|()| if run { incoming.start() } else { Ok(()) })
+                    }
+                    None => Ok(()),
                 };
                 if started.is_ok() {
                     self.processes[process].machine = end.machine.clone();
@@ -342,7 +354,11 @@ impl World {
         description: MachineDescription,
         request: &PrepareRequest,
     ) -> Result<Duration, MachineError> {
-        let machine = Arc::new(Machine::new(description, Arc::clone(&self.truth), self.chance.fork())?);
+        let (truth, chance) = (Arc::clone(&self.truth), self.chance.fork());
+        let machine = Arc::new(match end.memory.take() {
+            Some(memory) => Machine::over(description, memory, truth, chance)?,
+            None => Machine::new(description, truth, chance)?,
+        });
         machine.meddle(self.setup.meddling);
         let context = LoadContext { clock_offset_ns: request.clock_offset_ns };
         Incoming(Arc::clone(&machine)).load(&request.rehearsal, &context)?;

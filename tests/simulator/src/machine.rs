@@ -38,6 +38,8 @@ struct Hardware {
     chance: Chance,
     /// How likely the guest writes in the middle of a call to the dirty log.
     meddling: f64,
+    /// What it writes arrives in memory that it shares with another machine.
+    owns_memory: bool,
     running: bool,
     /// The vCPUs have been stopped; devices still finish what they have begun.
     halted: bool,
@@ -63,11 +65,24 @@ impl Machine {
             .collect();
         let memory = GuestMemory::from_ranges(&ranges)
             .map_err(|error| MachineError::with_source("memory cannot be mapped", error))?;
+        let machine = Self::over(description, memory, truth, chance)?;
+        machine.hardware().owns_memory = true;
+        Ok(machine)
+    }
+
+    /// A machine that does not run, and whose memory is another one's so far.
+    pub fn over(
+        description: MachineDescription,
+        memory: GuestMemory,
+        truth: SharedTruth,
+        chance: Chance,
+    ) -> Result<Self, MachineError> {
         let layout = Layout::new(&description.memory)
             .map_err(|error| MachineError::with_source("the machine's description", error))?;
         let hardware = Hardware {
             chance,
             meddling: 0.0,
+            owns_memory: false,
             running: false,
             halted: false,
             log: None,
@@ -220,6 +235,9 @@ impl Machine {
         let layout = self.view.layout();
         let before: usize = (0..index).map(|index| layout.stripe(index).pages).sum();
         let mut truth = lock(&self.truth);
+        if !hardware.owns_memory {
+            truth.violate(|| "a machine writes to memory that is not its own".into());
+        }
         let page = truth.page_mut(before + offset);
         let (from, length) = match hardware.chance.below(10) {
             0 => (0, PAGE_SIZE),
@@ -340,7 +358,18 @@ impl SourceMachine for Machine {
         Ok(vec![Section { kind: "guest".into(), version: 1, payload }])
     }
 
+    fn let_go_of_memory(&self) -> Result<(), MachineError> {
+        self.hardware().owns_memory = false;
+        Ok(())
+    }
+
+    fn take_back_memory(&self) -> Result<(), MachineError> {
+        self.hardware().owns_memory = true;
+        Ok(())
+    }
+
     fn resume(&self) -> Result<(), MachineError> {
+        self.hardware().owns_memory = true;
         self.run();
         Ok(())
     }
@@ -382,6 +411,10 @@ impl DestinationMachine for Incoming {
         let progress = payload.first_chunk().ok_or_else(|| MachineError::new("the section is too short"))?;
         self.0.hardware().progress = u64::from_le_bytes(*progress);
         Ok(())
+    }
+
+    fn own_memory(&mut self) -> Result<(), MachineError> {
+        self.0.take_back_memory()
     }
 
     fn start(&mut self) -> Result<(), MachineError> {

@@ -19,6 +19,8 @@ pub struct Setup {
     pub description: MachineDescription,
     /// Whether ownership passes by claims.
     pub claims: bool,
+    /// Both ends could map the machine's memory: it is handed over, unless the options say otherwise.
+    pub one_host: bool,
     /// The knobs of its moves.
     pub options: SourceOptions,
     /// The time between two things that the guest does while a move is under way.
@@ -102,6 +104,7 @@ impl Setup {
         Self {
             description: describe(chance),
             claims,
+            one_host: chance.hit(0.1),
             options: options(chance),
             guest_interval: chance.time(us(300), ms(50)),
             disk_share: *chance.pick(&[0.0, 0.05, 0.3]),

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use godwit_core::machine::SourceMachine;
+use godwit_core::memory_files::{MemoryOffer, OfferedRegion};
 use godwit_core::message::{Applied, Message};
 use godwit_core::ownership::holding::Next;
 use godwit_core::ownership::modelled::{Answer, Call};
@@ -19,7 +20,7 @@ use godwit_core::ownership::source::Input as OwnershipInput;
 use godwit_core::ownership::{Holding, RETRY_GAP, Settlement};
 use godwit_core::pacer::Pacer;
 use godwit_core::pending::Harvester;
-use godwit_core::source::control::{Action, Done, Input, SourceControl};
+use godwit_core::source::control::{Action, Done, Input, NotOffered, SourceControl};
 use godwit_core::source::sending::Order;
 use godwit_core::source::tally::Tally;
 use godwit_core::source::{SendingChannel, SourceOptions, SourceOutcome, SourcePages, Unacknowledged};
@@ -264,6 +265,7 @@ impl World {
             Action::Connect => self.source_dials((process, end), Dial::First),
             Action::Reconnect { token } => self.source_dials((process, end), Dial::Again(token)),
             Action::Describe => self.source_queues_job((process, end), Job::Describe),
+            Action::OfferMemory => self.source_offers_memory((process, end)),
             Action::Judge(_) => self.source_queues_job((process, end), Job::Judge),
             Action::Rehearse => self.source_queues_job((process, end), Job::Rehearse),
             Action::OpenData { token, table_seed } => {
@@ -279,6 +281,7 @@ impl World {
                 end.probe = Some((bytes, self.now()));
                 self.source_orders((process, end), Order::Probe(bytes), 1);
             }
+            Action::Flush => self.source_queues_job((process, end), Job::Flush),
             Action::StartLog => self.source_queues_job((process, end), Job::StartLog),
             Action::Round { first } => {
                 end.round = Some((self.now(), end.written_bytes()));
@@ -286,6 +289,7 @@ impl World {
             }
             Action::AwaitQueue => self.source_queue(end),
             Action::StopGuest => self.source_queues_job((process, end), Job::StopGuest),
+            Action::LetGo => self.source_queues_job((process, end), Job::LetGo),
             Action::SendFinal => self.source_orders((process, end), Order::Final, usize::MAX),
             Action::Restore { resume } => {
                 self.source_queues_job((process, end), Job::Restore { resume });
@@ -297,6 +301,18 @@ impl World {
             }
         }
         None
+    }
+
+    /// The files that would come along in life are the memory of this process, whose number stands for them.
+    fn source_offers_memory(&mut self, (process, end): End<'_>) {
+        if !self.setup.one_host {
+            return self.source_input(end, Input::Done(Done::NotOffered(NotOffered::Link)));
+        }
+        let regions = self.setup.description.memory.iter();
+        let regions =
+            regions.map(|region| OfferedRegion { region: *region, device: 0, inode: process as u64, offset: 0 });
+        let offer = MemoryOffer { boot_id: String::new(), regions: regions.collect() };
+        self.source_sends(end, &Message::Memory(offer));
     }
 
     /// The store has answered what the settling of the handover had asked.

@@ -4,16 +4,17 @@
 //! `shutdown(2)`, which ends blocked calls in other threads at once.
 
 mod dial;
+mod files;
 mod listener;
 
 use std::io::{self, Read};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use godwit_core::{Channel, ChannelReader, ChannelWriter, HangUp};
-use socket2::{Socket, TcpKeepalive};
+use socket2::{Domain, Socket, TcpKeepalive};
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
 pub(crate) use dial::{TcpDial, UnixDial};
@@ -48,10 +49,11 @@ fn tune_unix(socket: &Socket) -> io::Result<()> {
 
 /// Makes a channel of a connected, blocking socket.
 fn channel(socket: Socket, peer: String) -> Channel {
-    let shared = Arc::new(Shared { socket, hung_up: AtomicBool::new(false) });
+    let passes_files = socket.domain().is_ok_and(|domain| domain == Domain::UNIX);
+    let shared = Arc::new(Shared { socket, passes_files, hung_up: AtomicBool::new(false) });
     Channel {
         hang_up: Arc::new(StreamHangUp(Arc::downgrade(&shared))),
-        reader: Box::new(StreamReader(Arc::clone(&shared))),
+        reader: Box::new(StreamReader { shared: Arc::clone(&shared), files: Vec::new() }),
         writer: Box::new(StreamWriter { shared, bytes_written: 0 }),
         peer,
     }
@@ -60,6 +62,8 @@ fn channel(socket: Socket, peer: String) -> Channel {
 /// What the two halves share. The connection closes with the last of them.
 struct Shared {
     socket: Socket,
+    /// It is a unix socket.
+    passes_files: bool,
     hung_up: AtomicBool,
 }
 
@@ -102,16 +106,28 @@ fn hung_up_error() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was hung up on this side")
 }
 
-struct StreamReader(Arc<Shared>);
+struct StreamReader {
+    shared: Arc<Shared>,
+    /// What has come along and was not taken.
+    files: Vec<OwnedFd>,
+}
 
 impl ChannelReader for StreamReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read_with(|| (&self.0.socket).read(buffer))
+        let Self { shared, files } = self;
+        shared.read_with(|| match shared.passes_files {
+            true => files::receive(&shared.socket, buffer, files),
+            false => (&shared.socket).read(buffer),
+        })
     }
 
     fn read_volatile(&mut self, buffer: &mut VolatileSlice<'_, ()>) -> io::Result<usize> {
         // `read(2)` straight into guest memory.
-        self.0.read_with(|| self.0.socket.as_fd().read_volatile(buffer).map_err(into_io_error))
+        self.shared.read_with(|| self.shared.socket.as_fd().read_volatile(buffer).map_err(into_io_error))
+    }
+
+    fn take_files(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.files)
     }
 }
 
@@ -127,13 +143,13 @@ struct StreamWriter {
     bytes_written: u64,
 }
 
-impl ChannelWriter for StreamWriter {
-    fn write_all(&mut self, buffer: &[u8]) -> io::Result<()> {
+impl StreamWriter {
+    /// Writes all of `buffer`, by calls that each write some of what is left.
+    fn write_by(&mut self, buffer: &[u8], mut call: impl FnMut(&Socket, &[u8]) -> io::Result<usize>) -> io::Result<()> {
         let mut rest = buffer;
         while !rest.is_empty() {
             self.shared.check()?;
-            // A broken connection is an error here, not a SIGPIPE.
-            match self.shared.socket.send_with_flags(rest, libc::MSG_NOSIGNAL) {
+            match call(&self.shared.socket, rest) {
                 Ok(written) => {
                     self.bytes_written += written as u64;
                     rest = &rest[written..];
@@ -143,6 +159,30 @@ impl ChannelWriter for StreamWriter {
             }
         }
         Ok(())
+    }
+}
+
+impl ChannelWriter for StreamWriter {
+    fn write_all(&mut self, buffer: &[u8]) -> io::Result<()> {
+        // A broken connection is an error here, not a SIGPIPE.
+        self.write_by(buffer, |socket, rest| socket.send_with_flags(rest, libc::MSG_NOSIGNAL))
+    }
+
+    fn passes_files(&self) -> bool {
+        self.shared.passes_files
+    }
+
+    fn write_all_with_files(&mut self, buffer: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        if !self.shared.passes_files {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "files can be passed on over unix sockets only"));
+        }
+        let mut files = files;
+        self.write_by(buffer, |socket, rest| {
+            let written = files::send(socket, rest, files)?;
+            // They went with the first byte.
+            files = &[];
+            Ok(written)
+        })
     }
 
     fn bytes_on_wire(&self) -> u64 {

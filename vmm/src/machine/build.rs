@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use godwit_core::memory_files::MemoryFile;
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::announce::Announcer;
@@ -30,6 +31,8 @@ pub(crate) struct Arriving {
     pub(crate) identity: Identity,
     /// The features that its virtio drivers have accepted so far, by place.
     pub(crate) accepted_features: Vec<u64>,
+    /// Its memory, if that is handed over.
+    pub(crate) memory: Option<Vec<MemoryFile>>,
 }
 
 impl Machine {
@@ -37,11 +40,14 @@ impl Machine {
     /// that the guest has been shown before.
     pub(crate) fn build(
         config: &MachineConfig,
-        arriving: Option<Arriving>,
+        mut arriving: Option<Arriving>,
         boot_files: BootFiles,
     ) -> Result<Self, VmmError> {
         install_kick_handler()?;
-        let ram = Ram::new(config.memory.bytes(), config.memory_backing, config.huge_pages)?;
+        let ram = match arriving.as_mut().and_then(|arriving| arriving.memory.take()) {
+            Some(files) => Ram::handed_over(files, config.huge_pages)?,
+            None => Ram::new(config.memory.bytes(), config.memory_backing, config.huge_pages)?,
+        };
         let kvm = Vm::open_kvm()?;
         let vm = Arc::new(Vm::new(&kvm)?);
         vm.set_memory(ram.guest(), false)?;

@@ -4,11 +4,15 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vm_memory::GuestAddress;
+
 use super::{Inner, MachineEvent, MachineStatus};
 use crate::error::{VmmError, chain};
 use crate::kvm::line_is_unmasked;
 use crate::sync::lock;
 use crate::vcpu::Notice;
+use crate::workload::Header;
+use crate::workload::layout::HEADER;
 
 /// How long the machine's own thread waits for vCPUs to leave the guest, and for devices to complete what they are at, before
 /// it says that they are stuck.
@@ -40,9 +44,19 @@ impl Inner {
         Ok(())
     }
 
+    /// The memory is about to be another process's. What shows from outside how far the workload guest got stays as it is now.
+    pub(super) fn let_go_of_memory(&self) -> Result<(), VmmError> {
+        let _whole = lock(&self.whole);
+        self.check_paused("let go of its memory")?;
+        // A copy of a huge page could find none free, and who writes all the same is killed.
+        let shows = !self.config.huge_pages && Header::new(self.ram.guest()).is_ok();
+        self.ram.let_go(shows.then_some(GuestAddress(HEADER)))
+    }
+
     /// Lets all vCPUs run.
     pub(super) fn resume(&self) -> Result<(), VmmError> {
         let _whole = lock(&self.whole);
+        self.ram.own()?;
         {
             let mut life = lock(&self.life);
             life.check_alive()?;

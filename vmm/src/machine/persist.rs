@@ -41,6 +41,9 @@ impl Inner {
     pub(super) fn load(&self, sections: &[Section], context: &LoadContext) -> Result<(), VmmError> {
         let _whole = lock(&self.whole);
         self.check_paused("take in state")?;
+        // KVM reads guest memory while it takes in state (a 32-bit guest's page table roots), and writes to it (the time of boot):
+        // if it is another process's yet, it is to read what is there by now, and what it writes is to stay here.
+        self.ram.look_again()?;
         let state =
             MachineState::decode(sections, self.identity.counts(), &self.identity.shape, self.identity.tsc_khz)?;
         let now = self.on_vcpu(0, TscReading::take)??;
@@ -65,7 +68,7 @@ impl Inner {
         self.devices.load(&state.devices)
     }
 
-    fn check_paused(&self, what: &str) -> Result<(), VmmError> {
+    pub(super) fn check_paused(&self, what: &str) -> Result<(), VmmError> {
         let life = lock(&self.life);
         life.check_alive()?;
         match life.status() {

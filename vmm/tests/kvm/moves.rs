@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use godwit_core::machine::{MachineDescription, SectionVersion};
+use godwit_core::memory_files;
 use godwit_core::{DestinationHost, DestinationMachine, LoadContext, Section, SourceMachine};
 use godwit_vmm::config::{ByteSize, MemoryBacking, SerialTarget};
 use godwit_vmm::workload::layout;
@@ -18,6 +19,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("moves::a_guest_goes_on_counting_in_another_machine", a_guest_goes_on_counting_in_another_machine),
     ("moves::the_workload_guest_goes_on_with_1_and_2_vcpus", the_workload_guest_goes_on_with_1_and_2_vcpus),
     ("moves::a_machine_goes_on_and_on", a_machine_goes_on_and_on),
+    ("moves::memory_that_is_handed_over_is_its_owners_alone", memory_that_is_handed_over_is_its_owners_alone),
+    ("moves::memory_that_is_not_taken_over_is_as_it_was", memory_that_is_not_taken_over_is_as_it_was),
     ("moves::state_that_is_loaded_is_saved_again_the_same", state_that_is_loaded_is_saved_again_the_same),
     ("moves::chips_and_devices_keep_what_the_guest_told_them", chips_and_devices_keep_what_the_guest_told_them),
     ("moves::a_failed_move_leaves_the_source_as_it_was", a_failed_move_leaves_the_source_as_it_was),
@@ -106,6 +109,59 @@ fn a_machine_goes_on_and_on() {
         machine = next;
     }
     wait_for_progress(&machine);
+}
+
+/// A running machine, and one that is prepared to go on in its memory.
+fn prepared_to_hand_over() -> (Machine, IncomingMachine) {
+    let kernel = file(&elf(COUNT));
+    let source = run(&MachineConfig { memory_backing: MemoryBacking::Memfd, ..config(&kernel) });
+    wait_for_progress(&source);
+    let mut host = KvmHost::default();
+    host.take_memory(memory_files::of(&source.memory()).unwrap()).unwrap();
+    let description = source.describe().unwrap();
+    assert_eq!(host.check(&description, &[]).refusals, Vec::new());
+    let incoming = host.prepare(&description).unwrap();
+    (source, incoming)
+}
+
+fn all_memory(machine: &Machine) -> Vec<u8> {
+    machine.read_memory(0, machine.config().memory.bytes() as usize).unwrap()
+}
+
+fn memory_that_is_handed_over_is_its_owners_alone() {
+    let (source, mut incoming) = prepared_to_hand_over();
+    pause(&source);
+    incoming.load(&source.save().unwrap(), &LoadContext::default()).unwrap();
+    let (left_at, before) = (counter(&source), all_memory(&source));
+    // What is written before it is owned is a copy of the page, and forgotten.
+    incoming.memory().write_obj(u64::MAX, GuestAddress(layout::HEADER)).unwrap();
+    assert!(all_memory(&source) == before);
+    incoming.load(&source.save().unwrap(), &LoadContext::default()).unwrap();
+    source.let_go_of_memory().unwrap();
+    incoming.own_memory().unwrap();
+    incoming.start().unwrap();
+    let destination = incoming.into_machine();
+    wait_until("it counts on", || counter(&destination) > left_at);
+    pause(&destination);
+    let (counted, after) = (counter(&destination), all_memory(&destination));
+    assert!(counted.wrapping_sub(left_at) < u32::MAX / 2, "it goes on from where it was");
+    drop(source);
+    assert!(all_memory(&destination) == after, "the source's end changes nothing");
+    destination.resume().unwrap();
+    wait_until("it counts on", || counter(&destination) > counted);
+}
+
+fn memory_that_is_not_taken_over_is_as_it_was() {
+    let (source, mut incoming) = prepared_to_hand_over();
+    pause(&source);
+    let (left_at, before) = (counter(&source), all_memory(&source));
+    incoming.load(&source.save().unwrap(), &LoadContext::default()).unwrap();
+    source.let_go_of_memory().unwrap();
+    drop(incoming);
+    source.take_back_memory().unwrap();
+    assert!(all_memory(&source) == before);
+    source.resume().unwrap();
+    wait_until("it counts on", || counter(&source) > left_at);
 }
 
 fn state_that_is_loaded_is_saved_again_the_same() {

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::machine::RegionDescription;
+use crate::memory_files::OfferedRegion;
 use crate::message::{RoundStart, TableSum, Version};
 
 fn hello() -> Message {
@@ -114,9 +115,59 @@ fn impossible_numbers_of_channels_are_refused() {
     }
 }
 
+fn offer(size_bytes: u64) -> MemoryOffer {
+    let region = RegionDescription { guest_address: 0, size_bytes };
+    MemoryOffer { boot_id: "b".into(), regions: vec![OfferedRegion { region, device: 1, inode: 2, offset: 0 }] }
+}
+
+/// A whole, healthy move whose memory is handed over.
+fn handed_over() -> Vec<Input> {
+    vec![
+        Input::Message(hello()),
+        Input::Message(Message::Memory(offer(1 << 30))),
+        Input::MemoryTaken(Ok(offer(1 << 30))),
+        Input::Message(preflight(0)),
+        Input::Checked(Verdict::default()),
+        Input::Message(prepare(true)),
+        Input::Built(Ok(Duration::ZERO)),
+        Input::DataOpened(Ok(())),
+        Input::Message(Message::State(Vec::new())),
+        Input::Message(Message::Table(TableSum { sum: 0 })),
+        Input::Loaded(Ok(Vec::new())),
+        Input::Message(commit()),
+        Input::Started(Ok(Vec::new())),
+    ]
+}
+
+#[test]
+fn memory_that_is_handed_over_needs_no_data_channel() {
+    let run = run(DestinationOptions::default(), handed_over());
+    assert!(run.owned && run.gave_up.is_none(), "{run:?}");
+}
+
+#[test]
+fn invariant_4_memory_of_another_machine_is_refused() {
+    let mut inputs = handed_over();
+    inputs[2] = Input::MemoryTaken(Ok(offer(1 << 29)));
+    let run = run(DestinationOptions::default(), inputs);
+    assert!(run.gave_up.is_some_and(|why| why.contains("not the machine's")) && !run.loaded);
+}
+
+#[test]
+fn memory_that_cannot_be_taken_over_is_sent() {
+    let mut inputs = healthy();
+    inputs.splice(2..2, [Input::Message(Message::Memory(offer(1 << 30))), Input::MemoryTaken(Err("no".into()))]);
+    let sent = run(DestinationOptions::default(), inputs);
+    assert!(sent.owned && sent.gave_up.is_none(), "{sent:?}");
+    let mut inputs = handed_over();
+    inputs[2] = Input::MemoryTaken(Err("no".into()));
+    assert!(run(DestinationOptions::default(), inputs).gave_up.is_some(), "without channels nothing would come");
+}
+
 fn any_input() -> impl Strategy<Value = Input> {
     prop_oneof![
         (0usize..15).prop_map(|index| healthy().swap_remove(index)),
+        (0usize..13).prop_map(|index| handed_over().swap_remove(index)),
         Just(Input::LinkLost("cut".into())),
         Just(Input::Nonsense("bad".into())),
         Just(Input::ChannelLost("cut".into())),

@@ -27,7 +27,10 @@ impl SourceControl {
         self.downtime = self.paused_at.map(|at| self.now - at);
         self.report.downtime_ms = self.downtime.map(|downtime| downtime.as_secs_f64() * 1e3);
         self.enter(Phase::Completed);
-        match self.options.audit {
+        if self.hands_over {
+            self.handed_over();
+        }
+        match self.options.audit && !self.hands_over {
             true => self.act(Action::Audit),
             false => self.finish(SourceOutcome::Moved),
         }

@@ -6,7 +6,7 @@ use super::ending::Ending;
 use super::{Action, Done, SourceControl};
 use crate::machine::Refusal;
 use crate::message::{
-    FEATURE_DELTA, FEATURE_RETURN, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION,
+    FEATURE_DELTA, FEATURE_RETURN, FEATURES, Hello, Message, PreflightRequest, PrepareRequest, SharedClaims, VERSION,
 };
 use crate::phase::Phase;
 use crate::policy::DATA_PATH_BYTES_PER_S;
@@ -27,27 +27,13 @@ impl SourceControl {
                 self.link_up = true;
                 self.enter(Phase::Handshake);
                 let (program, host) = (self.program.clone(), self.host.clone());
-                self.act(Action::Send(Message::Hello(Hello {
-                    version: VERSION,
-                    features: FEATURE_RETURN | FEATURE_DELTA,
-                    program,
-                    host,
-                })));
+                self.act(Action::Send(Message::Hello(Hello { version: VERSION, features: FEATURES, program, host })));
             }
             (Phase::Preflight, Done::Described(machine, question)) => {
-                let request = PreflightRequest {
-                    machine: machine.clone(),
-                    question,
-                    claims: self.options.ownership.as_deref().map(|holding| SharedClaims {
-                        directory: holding.directory().display().to_string(),
-                        claim: holding.claim().to_string(),
-                    }),
-                    channels: self.options.channels,
-                    dry_run: self.options.dry_run,
-                };
-                self.machine = Some(machine);
-                self.act(Action::Send(Message::Preflight(request)));
+                (self.machine, self.question) = (Some(machine), question);
+                self.offer_memory();
             }
+            (Phase::Preflight, Done::NotOffered(why)) => self.not_offered(why),
             (Phase::Preflight, Done::Judged(refusals)) => match refusals.is_empty() {
                 true if self.options.dry_run => self.end(Ending::WouldMove),
                 true => {
@@ -82,12 +68,29 @@ impl SourceControl {
                 self.act(Action::Say(format!("the link takes {:.0} MB/s", rate / 1e6)));
                 self.act(Action::StartLog);
             }
+            (Phase::Prepare, Done::Flushed) => self.flushed(),
             (Phase::Prepare, Done::LogStarted) => {
                 self.enter(Phase::FirstPass);
                 self.begin_round();
             }
             (phase, done) => tracing::debug!("late in phase {phase}: {done:?}"),
         }
+    }
+
+    /// Asks the destination whether it can take the machine in.
+    pub(super) fn ask_for_verdict(&mut self) {
+        let Some(machine) = self.machine.clone() else { return };
+        let request = PreflightRequest {
+            machine,
+            question: std::mem::take(&mut self.question),
+            claims: self.options.ownership.as_deref().map(|holding| SharedClaims {
+                directory: holding.directory().display().to_string(),
+                claim: holding.claim().to_string(),
+            }),
+            channels: if self.hands_over { 0 } else { self.options.channels },
+            dry_run: self.options.dry_run,
+        };
+        self.act(Action::Send(Message::Preflight(request)));
     }
 
     pub(super) fn hello(&mut self, hello: Hello) {
@@ -99,6 +102,7 @@ impl SourceControl {
             return self.end(Ending::Refused(vec![Refusal::new("protocol", why)]));
         }
         self.peer_host = hello.host;
+        self.peer_features = hello.features;
         if hello.features & FEATURE_DELTA == 0 {
             self.options.delta_cache_bytes = 0;
         }

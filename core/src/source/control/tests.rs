@@ -37,6 +37,7 @@ fn healthy(action: &Action, dirty: u64) -> Option<Input> {
         Action::Send(Message::Hello(_)) => Some(hello(VERSION.major)),
         Action::Send(Message::ClockRequest(number)) => message(Message::ClockReply((*number, 0))),
         Action::Describe => done(Done::Described(machine(), vec![7])),
+        Action::OfferMemory => done(Done::NotOffered(NotOffered::Link)),
         Action::Send(Message::Preflight(_)) => message(Message::Verdict(Verdict::default())),
         Action::Judge(_) => done(Done::Judged(Vec::new())),
         Action::Rehearse => done(Done::Rehearsed { sections: Vec::new(), pause: Duration::from_micros(500) }),
@@ -45,6 +46,8 @@ fn healthy(action: &Action, dirty: u64) -> Option<Input> {
         }
         Action::OpenData { .. } => done(Done::DataOpened { capped: true }),
         Action::Probe(bytes) => done(Done::Probed { bytes: *bytes, duration: Duration::from_millis(5) }),
+        Action::Flush => done(Done::Flushed),
+        Action::LetGo => done(Done::LetGo),
         Action::StartLog => done(Done::LogStarted),
         Action::Round { .. } => done(Done::RoundSent(RoundSent {
             duration: Duration::from_millis(100),
@@ -228,7 +231,7 @@ proptest! {
     #[test]
     fn invariants_1_2_6_hold_whatever_happens_at_any_step(
         at in 0usize..70, kind in faults(), again in 0usize..70, second in faults(),
-        running: bool, force: bool, wait: bool, dry_run in prop::bool::weighted(0.1), delay_us in 0u64..2000,
+        running: bool, force: bool, wait: bool, hands_over: bool, dry_run in prop::bool::weighted(0.1), delay_us in 0u64..2000,
     ) {
         let on_stall = if force { super::super::OnStall::Force } else { super::super::OnStall::Abort };
         let options = SourceOptions { on_stall, pause_before_switchover: wait, dry_run, ..options() };
@@ -236,6 +239,8 @@ proptest! {
             // What the machine is asked to restore, it does or says why it cannot: it cannot fall silent.
             if matches!(action, Action::Restore { .. } | Action::Audit) { return answer }
             if matches!(action, Action::Enter(Phase::PreSwitchover)) { return Some(Input::Proceed) }
+            let taken = matches!(action, Action::OfferMemory) && hands_over;
+            let answer = if taken { Some(Input::Message(Message::MemoryTaken(None))) } else { answer };
             match (kind, second) {
                 (Some(kind), _) if step == at => fault(kind),
                 (_, Some(kind)) if step == again => fault(kind),
@@ -246,7 +251,7 @@ proptest! {
         // The only silences without a limit in the control plane are those the driver limits: connecting, the
         // machine's own work, and the rounds, which end by themselves or with the link.
         let waits_for_driver = run.actions.last().is_some_and(|last| {
-            ["Connect", "Describe", "Judge", "Rehearse", "OpenData", "Probe", "StartLog", "Round", "StopGuest", "CutRound"]
+            ["Connect", "Describe", "Judge", "Rehearse", "OpenData", "Probe", "StartLog", "Round", "Flush", "StopGuest", "CutRound"]
                 .iter().any(|action| last.starts_with(action))
         });
         prop_assert!(run.outcome.is_some() || waits_for_driver, "hangs after {:?}", run.actions.last());
@@ -254,6 +259,7 @@ proptest! {
 }
 
 mod broken_links;
+mod handing_over;
 
 mod with_claims {
     //! The same where the machine has claims: after *commit* they say whose it is.

@@ -48,6 +48,8 @@ pub enum Done {
     Connected,
     /// The machine was described, and what it asks the destination.
     Described(MachineDescription, Vec<u8>),
+    /// Memory was not offered to the destination.
+    NotOffered(NotOffered),
     /// The destination's answer was judged: every reason against the move.
     Judged(Vec<Refusal>),
     /// Pausing, saving and resuming were rehearsed.
@@ -76,6 +78,8 @@ pub enum Done {
         /// Until it was acknowledged.
         duration: Duration,
     },
+    /// What would have made the pause longer is done.
+    Flushed,
     /// The dirty log runs and every page is pending.
     LogStarted,
     /// A round has been sent and the dirty pages counted.
@@ -89,6 +93,8 @@ pub enum Done {
         /// How long each step took.
         steps: Vec<TimedStep>,
     },
+    /// The machine's memory is not touched here any more.
+    LetGo,
     /// All channels have ended.
     FinalSent {
         /// The sum of the page table.
@@ -100,6 +106,15 @@ pub enum Done {
     Audited(String),
     /// The claims say, or do not say yet, who has the machine.
     Settled(Settlement),
+}
+
+/// Why memory was not offered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotOffered {
+    /// No files can be passed on over this link.
+    Link,
+    /// The machine's memory is not made of files that can be handed over; why.
+    Memory(String),
 }
 
 /// What a round has been.
@@ -145,6 +160,8 @@ pub enum Action {
     Connect,
     /// Describe the machine, and find out what it asks.
     Describe,
+    /// Offer the files behind the machine's memory to the destination, which answers with a message, or say why not.
+    OfferMemory,
     /// Judge the destination's answer.
     Judge(Vec<u8>),
     /// Pause, save, resume, with the clock running.
@@ -172,6 +189,8 @@ pub enum Action {
         /// What they show.
         token: SessionToken,
     },
+    /// Do what would make the pause longer.
+    Flush,
     /// Send so many bytes that mean nothing, and a mark.
     Probe(u64),
     /// Start the dirty log.
@@ -183,10 +202,12 @@ pub enum Action {
     },
     /// Say when everything sent has been acknowledged.
     AwaitQueue,
-    /// Pause, save, harvest.
+    /// Pause, save, and harvest if the dirty log runs.
     StopGuest,
     /// Send what is left, without cap, and end the channels.
     SendFinal,
+    /// Let go of the machine's memory: the destination may take it over from here on.
+    LetGo,
     /// Resume the guest if told so, stop the log, lift the throttle.
     Restore {
         /// Let it run.

@@ -1,13 +1,18 @@
 //! What the machine is asked to do, on the machine's thread.
 
+use std::os::fd::AsFd;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::super::control::NotOffered;
 use super::super::jobs;
 use super::{Data, Done, Driver, Event, Input, Told};
+use crate::link::ControlLink;
 use crate::machine::{Inquiry, MachineError, SourceMachine};
+use crate::memory_files::{self, MemoryOffer};
+use crate::message::Message;
 use crate::sync::lock;
 
 /// What was asked of the destination, between its question and the judgement of the answer. Only the machine's thread touches it.
@@ -64,6 +69,36 @@ impl Driver {
         });
     }
 
+    /// Passes the files behind the machine's memory on, if the link can and there are any.
+    pub(super) fn offer_memory(&mut self) {
+        let offered = match self.handle.link() {
+            Some(link) if link.passes_files() => self.pass_memory_on(&link).map_err(NotOffered::Memory),
+            _ => Err(NotOffered::Link),
+        };
+        if let Err(why) = offered {
+            self.input(Input::Done(Done::NotOffered(why)));
+        }
+    }
+
+    fn pass_memory_on(&self, link: &ControlLink) -> Result<(), String> {
+        let files = memory_files::of(&self.machine.memory())?;
+        let offer = MemoryOffer::new(&files).map_err(|error| error.to_string())?;
+        let descriptors: Vec<_> = files.iter().map(|file| file.file.as_fd()).collect();
+        // As with every message, a link that breaks is left to the reading side to report.
+        if let Err(error) = link.send_with_files(&Message::Memory(offer), &descriptors) {
+            tracing::debug!("cannot pass memory on: {error}");
+        }
+        Ok(())
+    }
+
+    /// Does what would make the pause longer, while the guest runs.
+    pub(super) fn flush(&mut self) {
+        self.job(|machine| {
+            machine.settle();
+            Ok(Done::Flushed)
+        });
+    }
+
     pub(super) fn judge(&mut self, evidence: Vec<u8>) {
         let inquiry = Arc::clone(&self.inquiry);
         self.job(move |_| {
@@ -73,14 +108,14 @@ impl Driver {
     }
 
     pub(super) fn stop_guest(&mut self) {
-        let Some(data) = &self.data else { return };
-        let (shared, harvester) = (Arc::clone(&data.shared), Arc::clone(&data.harvester));
+        let data = self.data.as_ref().map(|data| (Arc::clone(&data.shared), Arc::clone(&data.harvester)));
         let (ownership, handle) = (self.ownership.clone(), Arc::clone(&self.handle));
         self.settler = None;
         self.job(move |machine| {
             let now = || handle.flow.now();
             let limit = handle.pause_timeout;
-            jobs::stop_guest(machine, ownership.as_deref(), &shared.pages, &harvester, limit, &now)
+            let dirty = data.as_ref().map(|(shared, harvester)| (&shared.pages, &**harvester));
+            jobs::stop_guest(machine, ownership.as_deref(), dirty, limit, &now)
         });
     }
 

@@ -25,10 +25,14 @@ pub enum Job {
     Judge,
     /// Pause, save, resume.
     Rehearse,
+    /// What would make the pause longer.
+    Flush,
     /// Start the dirty log.
     StartLog,
     /// Pause, save, harvest.
     StopGuest,
+    /// Let go of memory.
+    LetGo,
     /// The links broke: let the guest run on if told so, and make pending what may not have arrived.
     BreakOff {
         /// Let it run.
@@ -109,11 +113,13 @@ fn carry_out(end: &mut SourceEnd, job: Job) -> Result<Done, MachineError> {
         Job::Describe => Ok(Done::Described(machine.describe()?, machine.inquire()?.question())),
         Job::Judge => Ok(Done::Judged(Vec::new())),
         Job::Rehearse => jobs::rehearse(machine, &now),
+        Job::Flush => Ok(Done::Flushed),
         Job::StartLog => jobs::start_log(machine, &*pages()?),
         Job::StopGuest => {
-            let harvester = end.harvester.as_ref().ok_or_else(no_data)?;
-            jobs::stop_guest(machine, ownership, &*pages()?, harvester, end.pause_limit, &now)
+            let dirty = end.pages.as_deref().zip(end.harvester.as_ref());
+            jobs::stop_guest(machine, ownership, dirty, end.pause_limit, &now)
         }
+        Job::LetGo => jobs::let_go(machine),
         Job::BreakOff { resume } => {
             jobs::take_back(machine, ownership, resume)?;
             let pages = pages()?;
