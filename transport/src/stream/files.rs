@@ -34,7 +34,8 @@ pub(super) fn receive(socket: &Socket, buffer: &mut [u8], files: &mut Vec<OwnedF
 pub(super) fn send(socket: &Socket, buffer: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); ANCILLARY_BYTES];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+    let fits = files.len() <= MAX_FILES && (files.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(files)));
+    if !fits {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} files are too many", files.len())));
     }
     Ok(sendmsg(socket, &[IoSlice::new(buffer)], &mut ancillary, SendFlags::NOSIGNAL)?)
