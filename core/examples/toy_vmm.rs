@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use godwit_core::bitmap::PageBits;
 use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive};
 use godwit_core::machine::{RegionDescription, SectionVersion};
 use godwit_core::progress::Silent;
@@ -19,7 +20,6 @@ use godwit_core::{
     Section, SourceMachine, Verdict,
 };
 use godwit_transport::{Options, Uri};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 
 /// The memory of a toy machine. A real VMM takes it from its own configuration.
@@ -95,12 +95,12 @@ fn slot_order(slot: u64) -> u64 {
 
 impl Inner {
     /// A write by the guest. vm-memory takes it for one by the VMM and marks it in its own bitmap, which a real guest's
-    /// writes never do: so the mark is taken back, and only the dirty log knows of it.
+    /// writes never do: so the mark is taken back, and only the dirty log knows of it. (There are no devices, whose marks would go, too.)
     fn guest_write(&self, value: u64, address: u64) -> Result<(), vm_memory::GuestMemoryError> {
         self.memory.write_obj(value, GuestAddress(address))?;
         for region in self.memory.iter() {
-            let mapping: &MmapRegion<AtomicBitmap> = region;
-            mapping.bitmap().reset_addr_range(address as usize, size_of_val(&value));
+            let mapping: &MmapRegion<PageBits> = region;
+            mapping.bitmap().clear();
         }
         Ok(())
     }

@@ -20,12 +20,13 @@
 //! | [`predict`] | how a move will go, before it begins |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`delta`], [`bases`] | pages as differences from what was sent before |
-//! | [`layout`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
+//! | [`layout`], [`bitmap`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
 //! | [`memory_files`] | memory handed over as the files behind it, on one host |
 //! | [`view`], [`touched`], [`audit`] | guest memory by pages, which of it was ever used, whether it is what was sent |
 
 pub mod audit;
 pub mod bases;
+pub mod bitmap;
 pub mod channel;
 pub mod chunk;
 pub mod codec;

@@ -1,6 +1,6 @@
 //! Guest memory as the engine sees it.
 
-use vm_memory::bitmap::AtomicBitmap;
+use crate::bitmap::PageBits;
 
 /// Bytes in a page: what KVM's dirty log counts on x86-64, whatever the host's own page sizes.
 pub const PAGE_SIZE: usize = 4096;
@@ -9,4 +9,4 @@ pub const PAGE_SIZE: usize = 4096;
 ///
 /// KVM's dirty log does not see writes made by the VMM (virtio rings, disk and tap reads). They mark this
 /// bitmap after the data has landed, and the engine merges it into every harvest. Cloning is cheap.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+pub type GuestMemory = vm_memory::GuestMemoryMmap<PageBits>;

@@ -17,10 +17,11 @@ mod mapping;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
+use godwit_core::bitmap::PageBits;
 use godwit_core::machine::RegionDescription;
 use godwit_core::memory_files::MemoryFile;
 use godwit_core::{GuestMemory, PAGE_SIZE};
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress, MmapRegion,
@@ -107,7 +108,7 @@ impl Ram {
     }
 
     fn of(
-        mapped: impl Iterator<Item = Result<(RegionDescription, MmapRegion<AtomicBitmap>), VmmError>>,
+        mapped: impl Iterator<Item = Result<(RegionDescription, MmapRegion<PageBits>), VmmError>>,
         backing: MemoryBacking,
     ) -> Result<Self, VmmError> {
         let mut regions = Vec::new();
@@ -244,7 +245,7 @@ impl Ram {
 /// Huge pages of the host's reserve stay: they were reserved so that the guest never lacks them, and somebody else may take what
 /// is given back. They are overwritten.
 pub(crate) fn discard(memory: &GuestMemory, address: GuestAddress, length: usize) -> Result<(), VmmError> {
-    let all_in_one = |offset: &MemoryRegionAddress, region: &GuestRegionMmap<AtomicBitmap>| {
+    let all_in_one = |offset: &MemoryRegionAddress, region: &GuestRegionMmap<PageBits>| {
         offset.checked_add(length as u64).is_some_and(|end| end.raw_value() <= region.len())
     };
     let place = memory.to_region_addr(address).filter(|(region, offset)| all_in_one(offset, region));
@@ -310,11 +311,11 @@ mod tests {
             let ram = Ram::new(4 << 20, backing, false).unwrap();
             ram.guest().write_obj(7u8, GuestAddress(0x5000)).unwrap();
             let region = ram.guest().iter().next().unwrap();
-            let mapping: &MmapRegion<AtomicBitmap> = region;
-            mapping.bitmap().reset();
+            let mapping: &MmapRegion<PageBits> = region;
+            mapping.bitmap().clear();
             ram.clear().unwrap();
             assert_eq!(ram.read(0x5000, 1).unwrap(), [0], "{backing:?}");
-            assert!(mapping.bitmap().is_addr_set(0) && mapping.bitmap().is_addr_set((4 << 20) - 1));
+            assert!(mapping.bitmap().dirty_at(0) && mapping.bitmap().dirty_at((4 << 20) - 1));
         }
     }
 
@@ -323,11 +324,11 @@ mod tests {
         for backing in [MemoryBacking::Private, MemoryBacking::Memfd] {
             let ram = Ram::new(4 << 20, backing, false).unwrap();
             ram.guest().write_slice(&[7; 4 << 20], GuestAddress(0)).unwrap();
-            let mapping: &MmapRegion<AtomicBitmap> = ram.guest().iter().next().unwrap();
-            mapping.bitmap().reset();
+            let mapping: &MmapRegion<PageBits> = ram.guest().iter().next().unwrap();
+            mapping.bitmap().clear();
             discard(ram.guest(), GuestAddress(0x5000), 0x3000).unwrap();
             let is_zero = |page: u64| ram.read(page << 12, 4096).unwrap() == [0; 4096];
-            let is_dirty = |page: u64| mapping.bitmap().is_addr_set((page << 12) as usize);
+            let is_dirty = |page: u64| mapping.bitmap().dirty_at((page << 12) as usize);
             let discarded = |page| (5..8).contains(&page);
             assert!((0..1024).all(|page| is_zero(page) == discarded(page)), "{backing:?}");
             assert!((0..1024).all(|page| is_dirty(page) == discarded(page)), "{backing:?}");

@@ -174,7 +174,7 @@ impl SourcePages {
             let was_sent = |offset: &usize| self.table.entry(first_slot + offset).is_some();
             set_bits(&self.pending.get(index)).filter(was_sent).count() as u64
         };
-        (0..layout.stripes()).map(again).sum()
+        self.pending.stripes().map(again).sum()
     }
 }
 
@@ -283,9 +283,10 @@ impl SendingChannel {
                 }
                 Work::Visit { next, visit } => {
                     let left = pace.cut && matches!(visit, Visit::Round { .. });
-                    if next < pages.view.layout().stripes() && !left {
-                        self.work = Work::Visit { next: next + pages.channels, visit };
-                        self.visit(next, visit, pages, log, pace)?;
+                    let found = if left { None } else { pages.pending.next(next, pages.channels) };
+                    if let Some(stripe) = found {
+                        self.work = Work::Visit { next: stripe + pages.channels, visit };
+                        self.visit(stripe, visit, pages, log, pace)?;
                     } else if let Some(batch) = self.end_visit(visit) {
                         return Ok(Polled::Marked(batch));
                     }

@@ -65,7 +65,8 @@ impl DirtyLog for KvmDirtyLog {
         scratch.resize(pages.div_ceil(64) as usize, 0);
         get_dirty_log(self.vm.fd(), region as u32, *pages, &mut scratch)
             .map_err(VmmError::kvm(format!("cannot read the dirty log of region {region}")))?;
-        for (word, dirty) in words.iter_mut().zip(scratch.iter()) {
+        // In an idle round nothing is set, and nothing is written.
+        for (word, dirty) in words.iter_mut().zip(scratch.iter()).filter(|(_, dirty)| **dirty != 0) {
             *word |= dirty;
         }
         Ok(())

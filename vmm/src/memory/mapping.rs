@@ -7,9 +7,8 @@ use std::os::fd::AsRawFd;
 use std::ptr;
 
 use godwit_core::PAGE_SIZE;
+use godwit_core::bitmap::PageBits;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
@@ -21,11 +20,7 @@ use crate::error::VmmError;
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Maps `size_bytes` that read as zeros.
-pub(super) fn map(
-    size_bytes: u64,
-    backing: MemoryBacking,
-    huge_pages: bool,
-) -> Result<MmapRegion<AtomicBitmap>, VmmError> {
+pub(super) fn map(size_bytes: u64, backing: MemoryBacking, huge_pages: bool) -> Result<MmapRegion<PageBits>, VmmError> {
     let file = match backing {
         MemoryBacking::Private => None,
         MemoryBacking::Memfd => Some(FileOffset::new(memfd(size_bytes, huge_pages)?, 0)),
@@ -38,13 +33,13 @@ pub(super) fn map_over(
     size_bytes: u64,
     file: Option<FileOffset>,
     huge_pages: bool,
-) -> Result<MmapRegion<AtomicBitmap>, VmmError> {
+) -> Result<MmapRegion<PageBits>, VmmError> {
     let size = usize::try_from(size_bytes)
         .map_err(|_| VmmError::Status(format!("{size_bytes} bytes do not fit into this host's address space")))?;
     // Huge pages are reserved: if there are too few, mapping fails now and not the guest later. Others are not: their number is
     // no limit on hosts that overcommit.
     let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
-    let builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::with_len(size))
+    let builder = MmapRegionBuilder::new_with_bitmap(size, PageBits::with_len(size))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_hugetlbfs(huge_pages);
     let builder = match file {
@@ -79,7 +74,7 @@ pub(super) enum Sharing {
 
 /// Maps a part of the file behind a region anew, where it is mapped. Whoever uses the memory, KVM too, finds the new mapping at once. It
 /// takes the longer, the more of that part was in use: half a second for a GiB, if KVM keeps shadow page tables.
-pub(super) fn remap(mapping: &MmapRegion<AtomicBitmap>, part: Range<usize>, sharing: Sharing) -> Result<(), VmmError> {
+pub(super) fn remap(mapping: &MmapRegion<PageBits>, part: Range<usize>, sharing: Sharing) -> Result<(), VmmError> {
     let page_bytes = if mapping.is_hugetlbfs() == Some(true) { HUGE_PAGE_BYTES } else { PAGE_SIZE };
     let aligned = part.start.is_multiple_of(page_bytes) && part.len().is_multiple_of(page_bytes);
     if !aligned || part.is_empty() || part.end > mapping.size() {
@@ -106,7 +101,7 @@ pub(super) fn remap(mapping: &MmapRegion<AtomicBitmap>, part: Range<usize>, shar
 }
 
 /// Makes pages of a region read as zeros again.
-pub(super) fn discard(region: &GuestRegionMmap<AtomicBitmap>, offset: usize, length: usize) -> Result<(), VmmError> {
+pub(super) fn discard(region: &GuestRegionMmap<PageBits>, offset: usize, length: usize) -> Result<(), VmmError> {
     assert!(offset.checked_add(length).is_some_and(|end| end as u64 <= region.len()), "outside of the region");
     // Shared memory keeps its pages in the file: there they have to be punched out.
     let advice = if region.file_offset().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
@@ -129,7 +124,7 @@ fn memfd(size_bytes: u64, huge_pages: bool) -> Result<File, VmmError> {
 }
 
 /// What the kernel should know of guest memory.
-fn advise_all(mapping: &MmapRegion<AtomicBitmap>, part: Range<usize>) {
+fn advise_all(mapping: &MmapRegion<PageBits>, part: Range<usize>) {
     if mapping.is_hugetlbfs() != Some(true) {
         advise(mapping, &part, libc::MADV_HUGEPAGE, "transparent huge pages");
     }
@@ -138,7 +133,7 @@ fn advise_all(mapping: &MmapRegion<AtomicBitmap>, part: Range<usize>) {
 }
 
 /// Gives the kernel advice on a part of the mapping that it may ignore and that does not change what memory holds.
-fn advise(mapping: &MmapRegion<AtomicBitmap>, part: &Range<usize>, advice: libc::c_int, what: &str) {
+fn advise(mapping: &MmapRegion<PageBits>, part: &Range<usize>, advice: libc::c_int, what: &str) {
     let address = mapping.as_ptr().wrapping_add(part.start).cast();
     // SAFETY: the callers' ranges lie within the mapping, and the advice does not change what it holds.
     let result = unsafe { libc::madvise(address, part.len(), advice) };

@@ -5,9 +5,10 @@
 use std::time::Duration;
 
 use godwit_core::GuestMemory;
+use godwit_core::bitmap::PageBits;
 use proptest::prelude::*;
 use virtio_queue::Queue;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -55,7 +56,7 @@ impl Rig {
         let rig = Self::around(memory, rings);
         rig.activate(None);
         rig.balloon.resume();
-        rig.bitmap().reset();
+        rig.bitmap().clear();
         rig
     }
 
@@ -94,8 +95,8 @@ impl Rig {
         self.balloon.activate(activation).unwrap();
     }
 
-    fn bitmap(&self) -> &AtomicBitmap {
-        let mapping: &MmapRegion<AtomicBitmap> = self.memory.iter().next().unwrap();
+    fn bitmap(&self) -> &PageBits {
+        let mapping: &MmapRegion<PageBits> = self.memory.iter().next().unwrap();
         mapping.bitmap()
     }
 
@@ -156,7 +157,7 @@ impl Rig {
         let holds = |page: &u64| self.memory.read_obj::<u64>(GuestAddress(page * 4096)).unwrap();
         let (gone, there): (Vec<_>, Vec<_>) = (SPARE_PAGE..PAGES).partition(|page| holds(page) == 0);
         assert!(there.iter().all(|page| holds(page) == *page), "no page is changed otherwise");
-        let dirty = |page: &u64| self.bitmap().is_addr_set((page * 4096) as usize);
+        let dirty = |page: &u64| self.bitmap().dirty_at((page * 4096) as usize);
         assert!(gone.iter().all(dirty), "what is gone counts as written");
         assert!(!there.iter().any(dirty), "and nothing else");
         gone
@@ -292,7 +293,7 @@ fn what_is_not_ram_breaks_the_device() {
     for (what, queue, descriptors) in cases {
         let rig = Rig::new(MemoryBacking::Private);
         rig.memory.write_obj([PAGES as u32, u32::MAX], GuestAddress(LIST)).unwrap();
-        rig.bitmap().reset();
+        rig.bitmap().clear();
         rig.offer(queue, &descriptors);
         assert!(rig.breaks(), "{what}");
         // It does nothing more, and can be paused and reset all the same.
@@ -322,7 +323,7 @@ proptest! {
         let rig = Rig::new(MemoryBacking::Private);
         let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
         rig.memory.write_slice(&bytes, GuestAddress(LIST)).unwrap();
-        rig.bitmap().reset();
+        rig.bitmap().clear();
         let chain: Vec<_> = descriptors.iter().map(|&(at, length, flags, next)| descriptor(at, length, flags, next)).collect();
         rig.rings[queue].describe(0, &chain);
         rig.rings[queue].make_available(head);

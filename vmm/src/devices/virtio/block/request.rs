@@ -4,12 +4,13 @@
 //! next begins means nothing.
 
 use godwit_core::GuestMemory;
+use godwit_core::bitmap::PageBits;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::bitmap::BS;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::image::SECTOR_BYTES;
@@ -219,7 +220,7 @@ impl Buffers {
     }
 
     /// As slices of guest memory.
-    pub(super) fn slices<'a>(&self, memory: &'a GuestMemory) -> Vec<VolatileSlice<'a, BS<'a, AtomicBitmap>>> {
+    pub(super) fn slices<'a>(&self, memory: &'a GuestMemory) -> Vec<VolatileSlice<'a, BS<'a, PageBits>>> {
         let slices = self.0.iter().flat_map(|(address, length)| memory.get_slices(*address, *length));
         // All of them were found to be RAM, and RAM does not go away.
         slices.filter_map(Result::ok).collect()

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use godwit_core::bitmap::PageBits;
 use godwit_core::codec;
 use proptest::prelude::*;
 use virtio_bindings::virtio_config::{
@@ -12,7 +13,7 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::*;
@@ -153,8 +154,8 @@ impl Machine {
 
 fn forget_writes(memory: &GuestMemory) {
     for region in memory.iter() {
-        let mapping: &MmapRegion<AtomicBitmap> = region;
-        mapping.bitmap().reset();
+        let mapping: &MmapRegion<PageBits> = region;
+        mapping.bitmap().clear();
     }
 }
 

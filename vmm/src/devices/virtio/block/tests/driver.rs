@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use godwit_core::GuestMemory;
+use godwit_core::bitmap::PageBits;
 use virtio_queue::Queue;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -314,7 +314,7 @@ impl Rig {
     }
 
     pub(super) fn forget_marks(&self) {
-        self.region(|bitmap, _| bitmap.reset());
+        self.region(|bitmap, _| bitmap.clear());
     }
 
     pub(super) fn is_marked(&self, page: u64) -> bool {
@@ -326,9 +326,9 @@ impl Rig {
         self.rings.iter().filter(|ring| self.is_marked(ring.used() / 4096)).count()
     }
 
-    fn region<T>(&self, look: impl FnOnce(&AtomicBitmap, usize) -> T) -> T {
+    fn region<T>(&self, look: impl FnOnce(&PageBits, usize) -> T) -> T {
         let region = self.memory.iter().next().unwrap();
-        let mapping: &MmapRegion<AtomicBitmap> = region;
+        let mapping: &MmapRegion<PageBits> = region;
         look(mapping.bitmap(), region.len() as usize)
     }
 

@@ -50,7 +50,7 @@ fn marked_pages(memory: &GuestMemory) -> Vec<u64> {
     for region in memory.iter() {
         let marked = (0..region.len()).step_by(4096).filter(|at| region.bitmap().dirty_at(*at as usize));
         pages.extend(marked.map(|at| region.start_addr().raw_value() + at));
-        std::ops::Deref::deref(region).bitmap().reset();
+        std::ops::Deref::deref(region).bitmap().clear();
     }
     pages
 }
