@@ -224,6 +224,17 @@ impl Node {
     }
 }
 
+/// Tries to start a machine with `workload`, which is refused (exit code 3), and gives how that ended. Without a `--control` of its own
+/// it gets one that nobody else has.
+pub fn refused_start(scene: &Scene, name: &str, workload: &Workload, more: &[&str]) -> Result<Ended> {
+    let mut command = Command::new(binary("godwit-sender")?);
+    command.arg("run").args(workload.arguments()).args(more);
+    if !more.contains(&"--control") {
+        command.arg("--control").arg(scene.path().join(format!("{name}.sock")));
+    }
+    Ended::wait(&mut Process::start(name, scene.path(), command, None)?, START_LIMIT)?.ensure_code(3)
+}
+
 impl Ended {
     /// Waits for a command's end.
     pub fn wait(process: &mut Process, limit: Duration) -> Result<Self> {

@@ -72,6 +72,11 @@ impl Process {
         wait::until(&what, limit, || Ok(self.child.try_wait()?)).with_context(|| self.describe())
     }
 
+    /// Waits for its end and gives its exit code.
+    pub fn exit_code(&mut self, limit: Duration) -> Result<i32> {
+        self.wait(limit)?.code().with_context(|| format!("{} was killed by a signal", self.name))
+    }
+
     /// Waits until `look` finds something; fails at once, with the log, if the process ends first.
     pub fn wait_while_running<T>(
         &mut self,

@@ -50,6 +50,19 @@ impl Default for Workload {
 }
 
 impl Workload {
+    /// A small machine that moves in a fraction of a second, for tests of what happens around a move.
+    pub const SMALL: Self = Self {
+        memory: "128M",
+        vcpus: 1,
+        fill: "32M",
+        working_set: "16M",
+        rate: "10000",
+        order: "random",
+        write: "word",
+        contents: "random",
+        seed: 23,
+    };
+
     /// Pages of RAM.
     pub fn pages(&self) -> u64 {
         pages(self.memory)

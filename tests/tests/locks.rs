@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use godwit_tests::godwit::{Ended, Node};
-use godwit_tests::harness::{self, Need, Scene, binary};
+use godwit_tests::godwit::{Ended, Node, refused_start};
+use godwit_tests::harness::{self, Need, Scene};
 use godwit_tests::image_locks::{Watch, held, holds};
 use godwit_tests::process::Process;
 use godwit_tests::wait;
@@ -18,17 +18,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Of the locks on an image, the byte that only Godwit takes.
 const GODWIT: i64 = 300;
 
-const WORKLOAD: Workload = Workload {
-    memory: "128M",
-    vcpus: 1,
-    fill: "32M",
-    working_set: "16M",
-    rate: "10000",
-    order: "random",
-    write: "word",
-    contents: "random",
-    seed: 29,
-};
+const WORKLOAD: Workload = Workload::SMALL;
 
 fn main() {
     let kvm = &[Need::Kvm];
@@ -74,10 +64,7 @@ impl<'a> Image<'a> {
     /// How a machine with this disk fails to start, having written nothing.
     fn refused_start(&self, name: &str, disk: &str, more: &[&str]) -> Result<Ended> {
         let before = (fs::read(&self.path)?, fs::metadata(&self.path)?.modified()?);
-        let mut command = Command::new(binary("godwit-sender")?);
-        command.arg("run").args(WORKLOAD.arguments()).args(["--disk", disk]).args(more);
-        command.arg("--control").arg(self.scene.path().join(format!("{name}.sock")));
-        let ended = Ended::wait(&mut Process::start(name, self.scene.path(), command, None)?, LIMIT)?.ensure_code(3)?;
+        let ended = refused_start(self.scene, name, &WORKLOAD, &[&["--disk", disk], more].concat())?;
         ensure!(before == (fs::read(&self.path)?, fs::metadata(&self.path)?.modified()?), "the image was written to");
         ended.ensure_says(&["disk root", &self.path.display().to_string()])
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_core::Phase;
-use godwit_tests::godwit::{Ended, Node};
+use godwit_tests::godwit::{Ended, Node, refused_start};
 use godwit_tests::harness::{self, Need, Scene, binary};
 use godwit_tests::netns::Hosts;
 use godwit_tests::process::Process;
@@ -22,17 +22,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 const LISTEN: &str = "tcp://127.0.0.1:0";
 
-const WORKLOAD: Workload = Workload {
-    memory: "128M",
-    vcpus: 1,
-    fill: "32M",
-    working_set: "16M",
-    rate: "10000",
-    order: "random",
-    write: "word",
-    contents: "random",
-    seed: 23,
-};
+const WORKLOAD: Workload = Workload::SMALL;
 
 fn main() {
     let kvm = &[Need::Kvm];
@@ -86,10 +76,7 @@ impl<'a> Shared<'a> {
 
     /// Tries to start the machine and gives how that ended.
     fn refused_start(&self, name: &str, more: &[&str]) -> Result<Ended> {
-        let mut command = Command::new(binary("godwit-sender")?);
-        command.arg("run").args(WORKLOAD.arguments()).args(["--ownership", self.claims()?]).args(more);
-        command.arg("--control").arg(self.scene.path().join(format!("{name}.sock")));
-        Ended::wait(&mut Process::start(name, self.scene.path(), command, None)?, LIMIT)?.ensure_code(3)
+        refused_start(self.scene, name, &WORKLOAD, &[&["--ownership", self.claims()?], more].concat())
     }
 
     /// What `ownership show` says of the newest claim.
@@ -140,23 +127,19 @@ impl Held {
     }
 }
 
-fn exit_code(process: &mut Process) -> Result<i32> {
-    process.wait(LIMIT)?.code().context("killed by a signal")
-}
-
 fn epochs_advance_there_and_back(scene: &Scene) -> Result<()> {
     let shared = Shared::new(scene);
     let (mut first, mut second) = (shared.sender("kvm1")?, shared.receiver("kvm2", "kvm2")?);
     shared.ensure_newest(1, "kvm1")?;
     let ended = first.move_to(&second.uri()?, &[], LIMIT)?.ensure_says(&["handover", "claim", "marker", "locks"])?;
     ended.ensure_moved(&second, &WORKLOAD)?;
-    ensure!(exit_code(&mut first.process)? == 0, "the source ends once its machine has moved");
+    ensure!(first.process.exit_code(LIMIT)? == 0, "the source ends once its machine has moved");
     shared.ensure_newest(2, "kvm2")?;
     wait::until_true("the marker is there", LIMIT, || Ok(shared.newest()?["running"] == true))?;
 
     let third = shared.receiver("back", "kvm1")?;
     second.move_to(&third.uri()?, &[], LIMIT)?.ensure_moved(&third, &WORKLOAD)?;
-    ensure!(exit_code(&mut second.process)? == 0, "the receiver ends once its machine has moved on");
+    ensure!(second.process.exit_code(LIMIT)? == 0, "the receiver ends once its machine has moved on");
     shared.ensure_newest(3, "kvm1")?;
     third.command(&["quit"], &[], LIMIT)?.ensure_code(0)?;
     wait::until_true("it is free", LIMIT, || Ok(shared.newest()?["free"] == true))
@@ -172,10 +155,17 @@ fn a_second_start_is_refused_by_name(scene: &Scene) -> Result<()> {
         "ago",
         "--take-ownership=1",
     ])?;
+    // The claims are told of before the control socket, which a second start of the same machine finds in use.
+    let control = scene.path().join("kvm1.sock").display().to_string();
+    for host in ["kvm1", "kvm2"] {
+        shared
+            .refused_start(&format!("same-socket-{host}"), &["--host-id", host, "--control", &control])?
+            .ensure_says(&["host kvm1", "epoch 1"])?;
+    }
     shared.refused_start("other-name", &["--name", "other"])?.ensure_says(&["another machine's"])?;
     first.ensure_guest_unharmed(&WORKLOAD)?;
     first.command(&["quit"], &[], LIMIT)?.ensure_code(0)?;
-    ensure!(exit_code(&mut first.process)? == 0);
+    ensure!(first.process.exit_code(LIMIT)? == 0);
     ensure!(shared.newest()?["free"] == true, "a machine that was stopped is free");
     let second = shared.sender("kvm2")?;
     shared.ensure_newest(2, "kvm2")?;
@@ -233,7 +223,7 @@ fn cancelling_in_the_pause_keeps_the_epoch(scene: &Scene) -> Result<()> {
         held.source.ensure_guest_unharmed(&WORKLOAD)?;
         ensure!(shared.newest()?["claim"]["host"] == "kvm1");
         held.source.command(&["quit"], &[], LIMIT)?.ensure_code(0)?;
-        exit_code(&mut held.source.process)?;
+        held.source.process.exit_code(LIMIT)?;
     }
     shared.ensure_newest(2, "kvm1")
 }
@@ -260,7 +250,7 @@ fn a_receiver_that_wakes_too_late_drops(scene: &Scene) -> Result<()> {
     Ended::wait(&mut held.command, LIMIT)?.ensure_code(4)?.ensure_says(&["claimed back, epoch 2"])?;
     held.source.ensure_guest_runs(WORKLOAD.vcpus)?;
     held.destination.process.signal(Signal::SIGCONT)?;
-    ensure!(exit_code(&mut held.destination.process)? == 7, "{}", held.destination.process.stderr());
+    ensure!(held.destination.process.exit_code(LIMIT)? == 7, "{}", held.destination.process.stderr());
     ensure!(held.destination.process.stderr().contains("host kvm1"), "it does not say who has the machine");
     held.source.ensure_guest_unharmed(&WORKLOAD)?;
     shared.ensure_newest(2, "kvm1")
@@ -281,7 +271,7 @@ fn running_lost(scene: &Scene) -> Result<()> {
     hosts.lose(1, 0)?;
     source.command(&["release"], &[], LIMIT)?.ensure_code(0)?;
     Ended::wait(&mut command, LIMIT)?.ensure_moved(&destination, &WORKLOAD)?;
-    ensure!(exit_code(&mut source.process)? == 0, "the source ends: its machine has moved");
+    ensure!(source.process.exit_code(LIMIT)? == 0, "the source ends: its machine has moved");
     shared.ensure_newest(2, "kvm2")
 }
 
@@ -291,7 +281,7 @@ fn a_claim_without_a_sign_of_life_is_watched(scene: &Scene) -> Result<()> {
     let mut held = Held::at(&shared, Phase::Commit, &["--handover-timeout", "1s"])?;
     shared.claim_by_another(2)?;
     held.release()?;
-    ensure!(exit_code(&mut held.destination.process)? == 7, "who loses the claim drops the machine");
+    ensure!(held.destination.process.exit_code(LIMIT)? == 7, "who loses the claim drops the machine");
     Ended::wait(&mut held.command, LIMIT)?.ensure_code(6)?.ensure_says(&["epoch 2", "kvm9", "ownership show"])?;
     held.source.ensure_guest_stands(WORKLOAD.vcpus)?;
     let refused = held.source.command(&["resume"], &[], LIMIT)?.ensure_says(&["resume --force", "abandon"])?;
@@ -300,7 +290,7 @@ fn a_claim_without_a_sign_of_life_is_watched(scene: &Scene) -> Result<()> {
     ensure!(status.stdout.contains("waits: epoch 2 of machine is host kvm9's"), "what it waits for: {status}");
     held.source.ensure_guest_stands(WORKLOAD.vcpus)?;
     shared.mark("2.running")?;
-    ensure!(exit_code(&mut held.source.process)? == 0, "the marker says that it has moved");
+    ensure!(held.source.process.exit_code(LIMIT)? == 0, "the marker says that it has moved");
     Ok(())
 }
 
@@ -311,7 +301,7 @@ fn started_anew_elsewhere(scene: &Scene) -> Result<()> {
     held.release()?;
     Ended::wait(&mut held.command, LIMIT)?.ensure_code(6)?;
     shared.claim_by_another(3)?;
-    ensure!(exit_code(&mut held.source.process)? == 7, "a copy that is out of date is not called moved");
+    ensure!(held.source.process.exit_code(LIMIT)? == 7, "a copy that is out of date is not called moved");
     ensure!(held.source.process.stderr().contains("started anew elsewhere"), "{}", held.source.process.stderr());
     Ok(())
 }
@@ -322,7 +312,7 @@ fn a_store_that_is_away_in_the_handover(scene: &Scene) -> Result<()> {
     let away = scene.path().join("away");
     fs::rename(&shared.claims, &away)?;
     held.release()?;
-    ensure!(exit_code(&mut held.destination.process)? == 7, "nothing is in doubt, and it cannot claim");
+    ensure!(held.destination.process.exit_code(LIMIT)? == 7, "nothing is in doubt, and it cannot claim");
     held.source.ensure_guest_stands(WORKLOAD.vcpus)?;
     fs::rename(&away, &shared.claims)?;
     Ended::wait(&mut held.command, LIMIT)?.ensure_code(4)?;
@@ -428,7 +418,7 @@ fn abandon(scene: &Scene) -> Result<()> {
     let done = held.source.command(&["abandon"], &["--yes", "--json"], LIMIT)?.ensure_code(0)?;
     ensure!(done.last_json()?["done"] == "abandon", "{done}");
     done.ensure_says(&risk)?.ensure_says(&["kvm9 has it", "--take-ownership=2"])?;
-    ensure!(exit_code(&mut held.source.process)? == 0, "the end that was asked for");
+    ensure!(held.source.process.exit_code(LIMIT)? == 0, "the end that was asked for");
     let newest = shared.newest()?;
     ensure!(newest["epoch"] == 2 && newest["free"] == false, "what may run elsewhere is not freed: {newest}");
     shared.refused_start("anybody", &["--host-id", "kvm1"])?.ensure_says(&["host kvm9"]).map(drop)
@@ -453,7 +443,7 @@ fn words_without_claims(scene: &Scene) -> Result<()> {
         source.command(&[verb], &[options, &["--yes"]].concat(), LIMIT)?.ensure_code(0)?.ensure_says(&risk)?;
         match verb {
             "resume" => source.ensure_guest_unharmed(&WORKLOAD)?,
-            _ => ensure!(exit_code(&mut source.process)? == 0, "the end that was asked for"),
+            _ => ensure!(source.process.exit_code(LIMIT)? == 0, "the end that was asked for"),
         }
     }
     Ok(())

@@ -1,33 +1,25 @@
-//! Random numbers that a seed decides, the same on every machine (SplitMix64).
+//! Random choices that a seed decides, the same on every machine.
 
 use std::time::Duration;
 
-/// What turns a number of the sequence into the next.
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// A sequence of random numbers.
+/// A sequence of random choices.
 #[derive(Debug, Clone)]
-pub struct Dice(u64);
+pub struct Dice(fastrand::Rng);
 
 impl Dice {
     /// The sequence of `seed` for episode `episode`: that of one episode does not depend on what others drew.
     pub fn new(seed: u64, episode: u64) -> Self {
-        let mut dice = Self(seed);
-        Self(dice.number() ^ episode.wrapping_mul(STEP))
+        Self(fastrand::Rng::with_seed(fastrand::Rng::with_seed(seed).u64(..) ^ episode))
     }
 
     /// Any number.
     pub fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(STEP);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+        self.0.u64(..)
     }
 
     /// A number below `limit`, which is not 0.
     pub fn below(&mut self, limit: u64) -> u64 {
-        self.number() % limit
+        self.0.u64(..limit)
     }
 
     /// True in `percent` of 100 cases.
@@ -37,8 +29,7 @@ impl Dice {
 
     /// A time between the two.
     pub fn between(&mut self, shortest: Duration, longest: Duration) -> Duration {
-        let range_us = (longest - shortest).as_micros() as u64;
-        shortest + Duration::from_micros(self.below(range_us + 1))
+        Duration::from_micros(self.0.u64(shortest.as_micros() as u64..=longest.as_micros() as u64))
     }
 
     /// One of `choices`, which are not none.

@@ -9,7 +9,7 @@ use godwit_tests::godwit::{Ended, Node};
 use godwit_tests::harness::Scene;
 use godwit_tests::wait;
 
-use crate::stage::{LIMIT, LISTEN, Shared, WORKLOAD, exit_code};
+use crate::stage::{LIMIT, LISTEN, Shared, WORKLOAD};
 use crate::watch::End;
 
 /// A machine whose whole folder lies on the mounts, image and claims.
@@ -31,7 +31,7 @@ fn ensure_can_be_moved(shared: &Shared<'_>, mut source: Node, destination: &Node
         wait::until_true("nobody hangs any more", LIMIT, || Ok(mount.held()? == 0))?;
     }
     source.move_to(&destination.uri()?, &[], LIMIT)?.ensure_moved(destination, &WORKLOAD)?;
-    ensure!(exit_code(&mut source.process)? == 0);
+    ensure!(source.process.exit_code(LIMIT)? == 0);
     Ok(())
 }
 

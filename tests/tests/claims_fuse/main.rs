@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
 
 use crate::images::{an_image_that_hangs_in_preflight, an_image_that_hangs_in_prepare};
-use crate::stage::{LIMIT, Shared, WORKLOAD, exit_code};
+use crate::stage::{LIMIT, Shared, WORKLOAD};
 use crate::starts::{a_start_on_a_store_that_hangs, a_start_on_a_store_that_refuses, a_start_whose_claim_is_uncertain};
 use crate::watch::End;
 
@@ -84,7 +84,7 @@ fn slow_at_either_end(_: &Scene) -> Result<()> {
             let (mut source, destination) = (shared.sender()?, shared.receiver()?);
             let ended = source.move_to(&destination.uri()?, &[], LIMIT)?;
             let outcome = ended.ensure_moved(&destination, &WORKLOAD)?;
-            ensure!(exit_code(&mut source.process)? == 0);
+            ensure!(source.process.exit_code(LIMIT)? == 0);
             shared.ensure_newest(2, "kvm2")?;
             let downtime_ms = outcome["downtime_ms"].as_f64().context("no downtime")?;
             let waited = end == End::Source || downtime_ms >= DELAY.as_secs_f64() * 1e3;

@@ -144,7 +144,7 @@ impl Held<'_> {
 
     /// The same, however the command has ended.
     pub(crate) fn ensure_has_moved(mut self) -> Result<()> {
-        let code = exit_code(&mut self.source.process)?;
+        let code = self.source.process.exit_code(LIMIT)?;
         ensure!(code == 0, "the source ended with {code}: {}", self.source.process.describe());
         self.destination.ensure_guest_unharmed(&WORKLOAD)?;
         self.shared.ensure_newest(2, "kvm2")?;
@@ -153,15 +153,11 @@ impl Held<'_> {
 
     /// The guest runs at the source and is whole there, the destination has dropped it, and it has never run there.
     pub(crate) fn ensure_taken_back(mut self) -> Result<()> {
-        let code = exit_code(&mut self.destination.process)?;
+        let code = self.destination.process.exit_code(LIMIT)?;
         ensure!(code == 7, "the destination ended with {code}: {}", self.destination.process.describe());
         wait::until_true("the guest runs again", LIMIT, || Ok(self.source.ensure_guest_runs(WORKLOAD.vcpus).is_ok()))?;
         self.source.ensure_guest_unharmed(&WORKLOAD)?;
         self.shared.ensure_newest(2, "kvm1")?;
         self.watch.ensure_only(End::Source)
     }
-}
-
-pub(crate) fn exit_code(process: &mut Process) -> Result<i32> {
-    process.wait(LIMIT)?.code().context("killed by a signal")
 }

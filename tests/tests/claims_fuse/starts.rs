@@ -8,7 +8,7 @@ use godwit_tests::godwit::Ended;
 use godwit_tests::harness::Scene;
 use nix::errno::Errno;
 
-use crate::stage::{LIMIT, Shared, exit_code};
+use crate::stage::{LIMIT, Shared};
 
 pub(crate) fn a_start_on_a_store_that_hangs(scene: &Scene) -> Result<()> {
     let shared = Shared::new(scene)?;
@@ -43,7 +43,7 @@ pub(crate) fn a_start_whose_claim_is_uncertain(scene: &Scene) -> Result<()> {
     shared.ensure_newest(1, "kvm1")?;
     shared.here.set(Mode::Normal)?;
     first.command(&["quit"], &[], LIMIT)?.ensure_code(0)?;
-    ensure!(exit_code(&mut first.process)? == 0);
+    ensure!(first.process.exit_code(LIMIT)? == 0);
     // Nothing runs until it is known that the claim is ours.
     shared.here.set_for(Calls::Links, Mode::Refusing(Errno::EIO))?;
     let mut second = shared.start()?;
