@@ -29,19 +29,18 @@ pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode,
     }
     log.start()?;
     let control = args.control.clone().unwrap_or_else(|| default_control_path(&config.name));
-    // Before the machine boots: a second one of the same name ends here.
-    let socket = ControlSocket::bind(&control)?;
     let hub = Hub::new();
     if json {
         events_to_stdout(&hub)?;
     }
+    // The claims come first: of a machine that is running already they say more than its control socket does.
     let holding = ownership::claim(&args.claims, &config)?;
-    let machine = Machine::boot(&config, &BootOptions { start_paused: args.paused });
-    if let (Err(_), Some(holding)) = (&machine, &holding) {
+    let booted = boot(&config, args.paused, &control);
+    if let (Err(_), Some(holding)) = (&booted, &holding) {
         // Nothing has run: whoever can boot it may.
         ownership::free(holding);
     }
-    let machine = machine.map_err(|error| cannot_boot(&config.name, error))?;
+    let (socket, machine) = booted?;
     let mut settings = Settings { insecure: args.insecure, ..Settings::default() };
     if let Some(name) = &args.claims.host_id {
         settings.options.host_name = name.to_string();
@@ -64,6 +63,13 @@ pub(crate) fn run(args: &RunArgs, log: &LogArgs, json: bool) -> Result<ExitCode,
         out(line)
     }
     Ok(tell(&keeper.run()))
+}
+
+/// A second machine of the same name ends at the control socket, before it runs.
+fn boot(config: &MachineConfig, start_paused: bool, control: &Path) -> Result<(ControlSocket, Machine), Failure> {
+    let socket = ControlSocket::bind(control)?;
+    let machine = Machine::boot(config, &BootOptions { start_paused });
+    Ok((socket, machine.map_err(|error| cannot_boot(&config.name, error))?))
 }
 
 fn cannot_boot(name: &str, error: VmmError) -> Failure {

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt}
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::net::sockopt::socket_peercred;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 const BACKLOG: i32 = 16;
@@ -14,9 +15,9 @@ const BACKLOG: i32 = 16;
 /// Why a control socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Another process answers there.
-    #[error("the control socket {0} is in use by another running process; choose another with --name or --control")]
-    Live(PathBuf),
+    /// Another process answers there; which.
+    #[error("{1} listens at the control socket {0}; choose another with --name or --control")]
+    Live(PathBuf, String),
     /// Something that is not a socket is in the way.
     #[error("{0} exists and is not a socket; choose another path with --control")]
     NotASocket(PathBuf),
@@ -84,7 +85,18 @@ fn clear_the_way(path: &Path) -> Result<(), SocketError> {
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
-        _ => Err(SocketError::Live(path.to_owned())),
+        Err(_) => Err(SocketError::Live(path.to_owned(), "another process".into())),
+        Ok(stream) => Err(SocketError::Live(path.to_owned(), listener_of(&stream))),
+    }
+}
+
+/// Which process listens at the other end.
+fn listener_of(stream: &UnixStream) -> String {
+    let Ok(peer) = socket_peercred(stream) else { return "another process".into() };
+    let pid = peer.pid.as_raw_nonzero();
+    match fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(program) => format!("process {pid} ({})", program.trim_end()),
+        Err(_) => format!("process {pid}"),
     }
 }
 
@@ -123,7 +135,10 @@ mod tests {
         let path = directory.path().join("vm.sock");
         drop(UnixListener::bind(&path).unwrap());
         let live = ControlSocket::bind(&path).unwrap();
-        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::Live(_))));
+        let refused = ControlSocket::bind(&path).unwrap_err();
+        assert!(matches!(refused, SocketError::Live(..)));
+        let (text, me) = (refused.to_string(), format!("process {} (", std::process::id()));
+        assert!(text.starts_with(&me) && text.contains("vm.sock"), "{text}");
         assert!(UnixStream::connect(live.path()).is_ok());
     }
 
