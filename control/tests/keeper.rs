@@ -109,6 +109,26 @@ fn a_machine_that_comes_in_is_told_of_and_keeps_others_out() {
 }
 
 #[test]
+fn whose_a_machine_is_that_comes_in_is_told_truly() {
+    let kept = keep();
+    let mut client = Client::connect(&kept.path).unwrap();
+    kept.handle.incoming_begins("tcp://10.0.0.1:5", Arc::new(Line::default()), Arc::default());
+    let mut says = |text: &str| {
+        let refused = refusal(&mut client, "query-guest-ram", json!({}));
+        assert!(refused.contains(text) && refused.contains("10.0.0.1"), "{refused}");
+    };
+    says("is coming in");
+    kept.handle.incoming_phase(Phase::State);
+    says("is coming in");
+    kept.handle.incoming_phase(Phase::Commit);
+    says("is being taken up");
+    kept.handle.incoming_decision("the claim store does not answer");
+    says("is not this process's yet: the claim store does not answer");
+    kept.handle.incoming_phase(Phase::Completed);
+    says("is being taken up");
+}
+
+#[test]
 fn quit_hangs_up_on_a_move_that_can_still_be_called_off() {
     let kept = keep();
     let line = Arc::new(Line::default());

@@ -173,10 +173,7 @@ fn in_doubt(state: &State) -> Result<String, QmpError> {
             Some(current) => format!("the machine is being moved to {}, and is this process's: `cancel`", current.uri),
             None => "the machine is this process's (`resume`, `quit`)".into(),
         },
-        (Ownership::Here, None, Some(incoming)) => {
-            format!("a machine is coming in from {}: it is that end's, which can call the move off", incoming.peer)
-        }
-        (Ownership::Here, None, None) => "no machine has come in yet".into(),
+        (Ownership::Here, None, _) => state.why_no_machine(),
     };
     Err(QmpError::generic(format!("nothing is in doubt here: {text}")))
 }

@@ -96,6 +96,24 @@ impl Incoming {
     pub(super) fn is_in_doubt(&self) -> bool {
         self.phase == Some(Phase::Commit) && self.decision.is_some()
     }
+
+    /// Whose it is, as far as is known here.
+    pub(super) fn standing(&self) -> String {
+        let peer = &self.peer;
+        match (self.phase, &self.decision) {
+            (Some(Phase::Commit), Some(waits_for)) => {
+                format!(
+                    "the machine that came from {peer} has been handed over, and is not this process's yet: {waits_for}"
+                )
+            }
+            (Some(Phase::Commit | Phase::Completed), _) => {
+                format!(
+                    "the machine that came from {peer} has been handed over and is being taken up: ask again in a moment"
+                )
+            }
+            _ => format!("a machine is coming in from {peer}: it is that end's, which can call the move off"),
+        }
+    }
 }
 
 impl Shared {
@@ -127,7 +145,7 @@ impl Shared {
     /// The machine, to look at.
     pub(super) fn machine(&self) -> Result<Machine, QmpError> {
         let state = self.state();
-        state.machine.clone().ok_or_else(|| QmpError::generic("no machine has come in yet"))
+        state.machine.clone().ok_or_else(|| QmpError::generic(state.why_no_machine()))
     }
 
     /// The machine, to change whether it runs: only if it is ours and nothing is being done with it.
@@ -171,6 +189,14 @@ impl State {
     /// The move that is running.
     pub(super) fn active_move(&self) -> Option<&Arc<Move>> {
         self.last_move.as_ref().filter(|last| last.outcome().is_none())
+    }
+
+    /// Why there is nothing yet to be asked about a machine.
+    pub(super) fn why_no_machine(&self) -> String {
+        match &self.incoming {
+            None => "no machine has come in yet".into(),
+            Some(incoming) => incoming.standing(),
+        }
     }
 
     /// The machine has been handed over, and nobody knows yet who has it.
