@@ -19,10 +19,9 @@ mod tests;
 
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
+use godwit_core::ownership::timed::within;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::inquiry::DiskInquiry;
@@ -86,17 +85,8 @@ impl Identity {
     }
 }
 
-/// Does something with storage that may not answer: on a thread of its own, and not waited for longer than
-/// [`STORAGE_LIMIT`].
+/// Does something with storage that may not answer: whoever has waited for [`STORAGE_LIMIT`] is gone, and what was made for it
+/// goes, too.
 pub(crate) fn with_storage<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
-    let (told, result) = mpsc::channel();
-    let work = move || {
-        // Whoever has waited in vain is gone; what was made for it goes, too.
-        let _ = told.send(work());
-    };
-    thread::Builder::new()
-        .name("disks".into())
-        .spawn(work)
-        .map_err(|error| format!("no thread could be started: {error}"))?;
-    result.recv_timeout(STORAGE_LIMIT).map_err(|_| format!("their storage did not answer within {STORAGE_LIMIT:?}"))
+    within(STORAGE_LIMIT, work)
 }

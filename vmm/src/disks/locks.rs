@@ -37,6 +37,10 @@ const WRITE: i64 = 1;
 /// that machine's moves that has not let go yet: any other one would have been refused when it started.
 const GODWIT: i64 = 300;
 
+/// Why storage that is otherwise there may not answer when it is asked for locks.
+const GRACE: &str = "an NFS server that has just started gives out no locks until its grace period is over (90 s by default): \
+                     try again then";
+
 /// What a person can do about an image in use.
 const ADVICE: &str = "end whatever uses it, or wait for its end; if its host is dead, the storage lets go after a while \
                       (docs/handover.md, Locks on images)";
@@ -68,8 +72,8 @@ impl ImageLock {
         let access = Access::of(disk);
         let failed = || VmmError::os(format!("disk {}: cannot lock {}", disk.id, disk.path.display()));
         let image = image.try_clone().map_err(failed())?;
-        let taken =
-            with_storage(move || access.take(&image, company)).map_err(|why| failed()(io::Error::other(why)))?;
+        let taken = with_storage(move || access.take(&image, company))
+            .map_err(|why| failed()(io::Error::other(format!("{why}; {GRACE}"))))?;
         let file = match taken {
             Ok(file) => Some(Arc::new(file)),
             Err(LockError::Unsupported(error)) => {
