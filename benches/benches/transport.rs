@@ -6,10 +6,13 @@
 // criterion's macros make undocumented public items.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod common;
+
 use std::hint::black_box;
 use std::thread;
 use std::time::Duration;
 
+use common::quick;
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use godwit_benches::raw::{BLOCK_BYTES, RawQuinn, RawTcp};
 use godwit_core::{Channel, IncomingData, SessionToken};
@@ -87,5 +90,5 @@ fn transfer(dialled: &mut Channel, accepted: &mut Channel, source: &[u8], memory
     black_box(memory);
 }
 
-criterion_group!(benches, set_up, throughput);
+criterion_group! { name = benches; config = quick(); targets = set_up, throughput }
 criterion_main!(benches);
