@@ -14,6 +14,7 @@
 //! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
 //! | [`measure`] | a whole move measured |
 //! | [`versus`] | moves by Godwit and by QEMU in turn |
+//! | [`footprint`] | how much memory a process takes, and how much of it is its guest's |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`image_locks`] | the locks on a disk image, as another program sees them |
 //! | [`lab`] | hosts with stock kernels, in virtual machines |
@@ -26,6 +27,7 @@
 pub mod chaos;
 pub mod clock;
 pub mod counters;
+pub mod footprint;
 pub mod fuse;
 pub mod godwit;
 pub mod guest_memory;
