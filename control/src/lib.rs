@@ -7,6 +7,7 @@
 //! | [`parameters`] | the knobs of a move under the names that QMP has for them |
 //! | [`outcome`] | how a move ended, for programs and for people |
 //! | [`display`], [`summary`] | the same for people: while it runs, and when it has ended |
+//! | [`forecast`] | a prediction, for people |
 //! | [`claims`] | where a machine's claims lie, and what they say, for people |
 //! | [`console`] | stdout, stderr, logging: what the programs have in common |
 //! | [`units`] | numbers with their units, as options and files write them |
@@ -14,6 +15,7 @@
 pub mod claims;
 pub mod console;
 pub mod display;
+pub mod forecast;
 pub mod keeper;
 pub mod outcome;
 pub mod parameters;

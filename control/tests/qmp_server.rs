@@ -6,24 +6,35 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use godwit_control::qmp::line::MAX_LINE_BYTES;
 use godwit_control::qmp::outbox::QUEUE_LINES;
 use godwit_control::qmp::socket::ControlSocket;
-use godwit_control::qmp::{Answer, Arguments, Client, ClientError, ErrorClass, Handler, Hub, QmpError, Server};
+use godwit_control::qmp::{Answer, Arguments, Caller, Client, ClientError, ErrorClass, Handler, Hub, QmpError, Server};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// The caller of `until-gone` has been seen to be gone.
+static GONE: AtomicBool = AtomicBool::new(false);
+
 struct Echo;
 
 impl Handler for Echo {
-    fn execute(&self, command: &str, arguments: Arguments) -> Answer {
+    fn execute(&self, caller: &Caller, command: &str, arguments: Arguments) -> Answer {
         match command {
             "echo" => Ok(Value::Object(arguments)),
             "fail" => Err(QmpError::generic("it failed")),
+            "until-gone" => {
+                while !caller.is_gone() {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                GONE.store(true, Ordering::Release);
+                Ok(json!({}))
+            }
             "slow" => {
                 thread::sleep(Duration::from_millis(500));
                 Ok(json!({}))
@@ -188,4 +199,19 @@ fn the_client_tells_mistakes_apart() {
     assert!(matches!(Client::connect(&missing), Err(ClientError::Absent(_))));
     drop(served);
     assert!(matches!(client.execute("echo", json!({})), Err(ClientError::Closed)));
+}
+
+#[test]
+fn a_command_can_tell_that_its_caller_is_gone() {
+    let served = serve();
+    let mut raw = Raw::negotiated(&served);
+    raw.stream.write_all(b"{\"execute\":\"until-gone\"}\n").unwrap();
+    thread::sleep(Duration::from_millis(50));
+    assert!(!GONE.load(Ordering::Acquire), "it is still there");
+    drop(raw);
+    let until = Instant::now() + LIMIT;
+    while !GONE.load(Ordering::Acquire) {
+        assert!(Instant::now() < until, "nobody noticed that the client hung up");
+        thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -17,6 +17,7 @@
 //! | [`ownership`] | who may run a machine: claims on shared storage, the rules of the handover |
 //! | [`progress`] | what a move says of itself while it runs and when it has ended |
 //! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
+//! | [`estimate`] | what is measured of a running guest, without moving it |
 //! | [`predict`] | how a move will go, before it begins |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`delta`], [`bases`] | pages as differences from what was sent before |
@@ -34,6 +35,7 @@ pub mod decoder;
 pub mod delta;
 pub mod destination;
 pub mod encoder;
+pub mod estimate;
 pub mod layout;
 pub mod machine;
 pub mod memory;

@@ -41,6 +41,8 @@ pub(crate) enum Verb {
 pub(crate) enum ClientVerb {
     /// Move a machine to where a godwit-receiver listens
     Migrate(MigrateArgs),
+    /// Measure the running guest and predict how its move would go; nothing is moved
+    Estimate(EstimateArgs),
     /// Tell how a machine is, and its move if there is one
     Status(StatusArgs),
     /// Change the cap or the downtime limit, also of a running move
@@ -241,6 +243,36 @@ pub(crate) enum MemoryHandoverArg {
 pub(crate) enum Switch {
     On,
     Off,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EstimateArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// Of the link or the cap, whichever is lower [default: the machine's cap; without one, a table over common links alone]
+    #[arg(long, value_name = "RATE")]
+    pub(crate) bandwidth: Option<Bandwidth>,
+    /// What the link takes in the pause [default: the bandwidth]
+    #[arg(long, value_name = "RATE")]
+    pub(crate) switchover_bandwidth: Option<OrNone<Bandwidth>>,
+    /// The longest pause to aim for [default: 300ms]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) downtime_limit: Option<Span>,
+    /// Time budget until the pause [default: none]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<OrNone<Span>>,
+    /// Rounds after the first pass before the move counts as stalled [default: 30]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_rounds: Option<u32>,
+    /// Compression of pages: auto, none, zstd, zstd:LEVEL
+    #[arg(long, value_name = "HOW")]
+    pub(crate) compress: Option<String>,
+    /// Memory for what was last sent of pages
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) delta_cache: Option<ByteSize>,
+    /// How long to measure
+    #[arg(long, value_name = "TIME", default_value = "10s")]
+    pub(crate) time: Span,
 }
 
 #[derive(Debug, Args)]

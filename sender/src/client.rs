@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::Failure;
 use crate::cli::{ClientVerb, ControlArgs, SetArgs, ShowArgs, StatusArgs};
 use crate::doubt;
+use crate::estimate::estimate;
 use crate::follow::{OnInterrupt, follow};
 use crate::guest::guest;
 use crate::interrupt::Interrupts;
@@ -20,6 +21,7 @@ use crate::migrate::{migrate, or_zero, whole_ms};
 pub(crate) fn execute(verb: &ClientVerb, json: bool) -> Result<ExitCode, Failure> {
     match verb {
         ClientVerb::Migrate(args) => migrate(args, json),
+        ClientVerb::Estimate(args) => estimate(args, json),
         ClientVerb::Status(args) => status(args, json),
         ClientVerb::Set(args) => set(args, json),
         ClientVerb::Cancel(control) => cancel(control, json),

@@ -5,6 +5,7 @@ mod cli;
 mod client;
 mod confirm;
 mod doubt;
+mod estimate;
 mod follow;
 mod guest;
 mod interrupt;

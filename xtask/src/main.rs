@@ -13,6 +13,7 @@ mod shell;
 mod simulate;
 mod test;
 mod totals;
+mod whatif;
 
 /// Godwit's own commands.
 #[derive(Parser)]
@@ -64,6 +65,14 @@ enum Command {
     },
     /// Checks dependencies against the advisory database (needs the network)
     Audit,
+    /// Predicts the move of a machine that a few numbers describe: converges or not, rounds, time, bytes, pause (see `whatif --help`
+    /// for options)
+    #[command(disable_help_flag = true)]
+    Whatif {
+        /// Options for the predictor
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Moves the same guests with Godwit and with QEMU at its best in turn, and shows both
     VersusQemu {
         /// Pairs of moves in each case
@@ -99,6 +108,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Lab { scenario, command } => lab::run(scenario, command),
         Command::Chaos(chaos) => chaos::run(&chaos),
         Command::Simulate { options } => simulate::run(&options),
+        Command::Whatif { options } => whatif::run(&options),
         Command::Audit => audit(),
         Command::VersusQemu { pairs, case, seed, json } => {
             deps::require(&["qemu-system-x86_64", "ip", "tc"])?;

@@ -12,9 +12,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::state::{Shared, Wake};
-use super::{doubt, guest_commands, move_commands};
+use super::{doubt, estimate, guest_commands, move_commands};
 use crate::qmp::message::{arguments, version};
-use crate::qmp::{Answer, Arguments, Handler, QmpError};
+use crate::qmp::{Answer, Arguments, Caller, Handler, QmpError};
 
 /// How long `stop` may take.
 pub(super) const PAUSE_LIMIT: Duration = Duration::from_secs(10);
@@ -63,10 +63,14 @@ const COMMANDS: &[(&str, Execute)] = &[
 /// Executes clients' commands on what the keeper keeps.
 pub(super) struct Commands(pub(super) Arc<Shared>);
 
+/// The one command that takes seconds, and ends when its caller is gone.
+const ESTIMATE: &str = "x-godwit-estimate";
+
 impl Handler for Commands {
-    fn execute(&self, command: &str, arguments: Arguments) -> Answer {
+    fn execute(&self, caller: &Caller, command: &str, arguments: Arguments) -> Answer {
         match COMMANDS.iter().find(|(name, _)| *name == command) {
             Some((_, execute)) => execute(&self.0, command, arguments),
+            None if command == ESTIMATE => estimate::estimate(&self.0, caller, command, arguments),
             None => Err(QmpError::command_not_found(command)),
         }
     }
@@ -80,7 +84,7 @@ pub(super) struct NoArguments {}
 fn query_commands(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
     let NoArguments {} = arguments(command, given)?;
     let own = COMMANDS.iter().map(|(name, _)| *name);
-    Ok(own.chain(["qmp_capabilities"]).map(|name| json!({ "name": name })).collect())
+    Ok(own.chain([ESTIMATE, "qmp_capabilities"]).map(|name| json!({ "name": name })).collect())
 }
 
 fn query_version(_: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
@@ -260,7 +264,7 @@ mod tests {
     fn commands_are_in_order_and_documented() {
         assert!(COMMANDS.is_sorted_by_key(|(name, _)| *name));
         let document = include_str!("../../../docs/control.md");
-        for (name, _) in COMMANDS {
+        for name in COMMANDS.iter().map(|(name, _)| *name).chain([ESTIMATE]) {
             assert!(document.contains(&format!("`{name}`")), "docs/control.md does not mention {name}");
         }
     }

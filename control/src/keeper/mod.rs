@@ -14,6 +14,7 @@
 
 mod commands;
 mod doubt;
+mod estimate;
 mod guest_commands;
 mod move_commands;
 mod moves;

@@ -41,6 +41,8 @@ impl Move {
     ) -> Result<u64, QmpError> {
         let _operation = shared.operation();
         let machine = shared.machine_at_rest()?;
+        // There is one dirty log.
+        shared.estimating.call_off();
         let uri: Uri = uri.parse().map_err(|error| QmpError::generic(format!("{uri}: {error}")))?;
         let dial = godwit_transport::connect(&uri, godwit_transport::Options { insecure: settings.insecure })
             .map_err(|error| QmpError::generic(error.to_string()))?;

@@ -9,6 +9,7 @@ use godwit_core::ownership::Holding;
 use godwit_core::{HangUp, Phase};
 use godwit_vmm::{Machine, MachineEvent, MachineStatus};
 
+use super::estimate::Estimating;
 use super::moves::Move;
 use crate::parameters::Settings;
 use crate::qmp::{Hub, QmpError};
@@ -37,6 +38,8 @@ pub(super) struct Shared {
     pub(super) wake: Sender<Wake>,
     /// Held by whatever starts, stops or sends away the machine.
     operation: Mutex<()>,
+    /// Whether one runs. A move calls it off.
+    pub(super) estimating: Estimating,
     state: Mutex<State>,
 }
 
@@ -129,7 +132,7 @@ impl Shared {
             incoming: None,
             arrived: false,
         };
-        Shared { hub, wake, operation: Mutex::default(), state: Mutex::new(state) }
+        Shared { hub, wake, operation: Mutex::default(), estimating: Estimating::default(), state: Mutex::new(state) }
     }
 
     /// Never held across anything that takes long.

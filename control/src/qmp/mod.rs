@@ -13,4 +13,4 @@ pub mod socket;
 pub use client::{Client, ClientError, Event};
 pub use message::{Answer, Arguments, ErrorClass, QmpError};
 pub use outbox::Hub;
-pub use server::{Handler, Server};
+pub use server::{Caller, Handler, Server};

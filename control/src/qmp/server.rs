@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -26,8 +27,25 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Executes commands. Called from each client's own thread, so from several at once.
 pub trait Handler: Send + Sync + 'static {
-    /// Executes one command. `qmp_capabilities` never gets here.
-    fn execute(&self, command: &str, arguments: Arguments) -> Answer;
+    /// Executes one command of `caller`. `qmp_capabilities` never gets here.
+    fn execute(&self, caller: &Caller, command: &str, arguments: Arguments) -> Answer;
+}
+
+/// Who asked for a command.
+pub struct Caller {
+    stream: UnixStream,
+}
+
+impl Caller {
+    /// Whether it has hung up, or said that it will send nothing more: what takes long is then not worth going on with.
+    pub fn is_gone(&self) -> bool {
+        let looked = socket2::SockRef::from(&self.stream)
+            .recv_with_flags(&mut [MaybeUninit::uninit()], libc::MSG_PEEK | libc::MSG_DONTWAIT);
+        match looked {
+            Ok(bytes) => bytes == 0,
+            Err(error) => !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+        }
+    }
 }
 
 /// A control socket that is being answered. Dropping it ends it and removes the socket's file.
@@ -114,7 +132,8 @@ impl Clients {
             let _ = hang_up.shutdown(std::net::Shutdown::Both);
         })?;
         outbox.answer(&message::greeting());
-        let mut session = Session { clients: self, outbox: outbox.clone(), negotiated: false };
+        let caller = Caller { stream: stream.try_clone()? };
+        let mut session = Session { clients: self, caller, outbox: outbox.clone(), negotiated: false };
         let mut lines = LineReader::new(stream, MAX_LINE_BYTES);
         let result = loop {
             match lines.next_line() {
@@ -139,6 +158,7 @@ impl Clients {
 /// One client's conversation.
 struct Session<'a> {
     clients: &'a Clients,
+    caller: Caller,
     outbox: Outbox,
     negotiated: bool,
 }
@@ -163,7 +183,7 @@ impl Session<'_> {
                 class: ErrorClass::CommandNotFound,
                 desc: "Expecting capabilities negotiation with 'qmp_capabilities'".into(),
             }),
-            (_, true) => self.clients.handler.execute(command, arguments),
+            (_, true) => self.clients.handler.execute(&self.caller, command, arguments),
         }
     }
 

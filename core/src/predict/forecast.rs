@@ -136,16 +136,16 @@ pub fn highest_speed(workload: &Workload, path: &Path, limits: &Limits) -> Optio
     Some(met.exp2())
 }
 
-/// A forecast in short for each bandwidth and downtime limit; `path` says all but the bandwidths.
+/// A forecast in short for each bandwidth and downtime limit; `path` knows the way at a bandwidth.
 pub fn table(
     workload: &Workload,
-    path: &Path,
+    path: &dyn Fn(f64) -> Path,
     limits: &Limits,
     bandwidths: &[f64],
     downtimes: &[Duration],
 ) -> Vec<Row> {
     let row = |&bandwidth_bytes_per_s: &f64| {
-        let path = Path { bandwidth_bytes_per_s, switchover_bytes_per_s: bandwidth_bytes_per_s, ..*path };
+        let path = path(bandwidth_bytes_per_s);
         let cell = |&downtime: &Duration| {
             let prediction = predict(workload, &path, &Limits { downtime, ..*limits });
             Cell {

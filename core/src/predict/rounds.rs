@@ -53,6 +53,8 @@ pub struct Path {
     pub switchover_bytes_per_s: f64,
     /// Until the first page is sent.
     pub setup: Duration,
+    /// Sent meanwhile, to find out what the link takes.
+    pub probe_bytes: f64,
     /// What a round takes beside sending.
     pub round_overhead: Duration,
     /// F: what the pause takes with nothing to send.
@@ -219,7 +221,7 @@ fn play(workload: &Workload, path: &Path, mut decide: impl FnMut(&RoundEnd) -> D
             continue;
         }
         let given_up = matches!(decision, Decision::GiveUp(_) | Decision::Continue);
-        let sent: f64 = rounds.iter().map(|round| round.wire_bytes).sum();
+        let sent = path.probe_bytes + rounds.iter().map(|round| round.wire_bytes).sum::<f64>();
         return Prediction {
             end: match decision {
                 Decision::Continue => Decision::GiveUp(format!("{MOST_ROUNDS} rounds were not enough")),

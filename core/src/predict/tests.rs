@@ -21,6 +21,7 @@ fn path(pages_per_s: f64) -> Path {
         bandwidth_bytes_per_s: pages_per_s * PAGE,
         switchover_bytes_per_s: pages_per_s * PAGE,
         setup: Duration::ZERO,
+        probe_bytes: 0.0,
         round_overhead: Duration::ZERO,
         fixed: Duration::ZERO,
         queued_bytes: 0.0,
@@ -88,7 +89,8 @@ fn the_shortest_pause_is_within_reach_and_shorter_ones_are_not() {
 #[test]
 fn a_table_has_a_forecast_for_every_pair() {
     let workload = one_zone(Dirtying::random(20_000.0, 50_000.0), 50_000.0);
-    let rows = table(&workload, &path(1.0), &limits(MS), &[125e6, 1250e6], &[30 * MS, 300 * MS]);
+    let rows =
+        table(&workload, &|bandwidth| path(bandwidth / PAGE), &limits(MS), &[125e6, 1250e6], &[30 * MS, 300 * MS]);
     assert_eq!(rows.iter().map(|row| row.cells.len()).collect::<Vec<_>>(), [2, 2]);
     assert!(rows[1].cells[0].total_s < rows[0].cells[1].total_s);
 }

@@ -6,7 +6,8 @@ use crate::progress::PageCounts;
 
 /// Below this cap a core compresses faster than the link takes (docs/performance.md), so `auto` tries it.
 const COMPRESS_BELOW_BYTES_PER_S: u64 = 200_000_000;
-const AUTO_LEVEL: ZstdLevel = ZstdLevel(1);
+/// How hard `auto` compresses.
+pub(crate) const AUTO_LEVEL: ZstdLevel = ZstdLevel(1);
 /// With `auto`: of so many stripes one is compressed to see whether it still does not pay.
 const AUTO_SAMPLE_STRIPES: u32 = 32;
 

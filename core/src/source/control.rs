@@ -33,6 +33,7 @@ pub use self::measured::HANDOVER_TRIPS;
 use self::measured::{Clock, FixedCost};
 use self::reconnecting::{LastBreak, Reconnecting};
 pub(crate) use self::rounds::TELLING_ROUND_BYTES;
+pub(crate) use self::setup::probe_bytes;
 pub use self::vocabulary::{Action, Done, Input, NotOffered, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
 use crate::channel::SessionToken;

@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(crate) use self::compressing::is_slow;
+pub(crate) use self::compressing::{AUTO_LEVEL, is_slow};
 use self::control::{Beginning, Input};
 use self::driver::{Driver, Event};
 use self::flow::Flow;

@@ -19,6 +19,15 @@ const FIRST_PROBE_BYTES: u64 = 1 << 20;
 const SECOND_PROBE_BYTES: u64 = 4 << 20;
 const QUICK_PROBE: Duration = Duration::from_millis(10);
 
+/// What looking at a link of this speed sends.
+pub fn probe_bytes(bytes_per_s: f64) -> f64 {
+    let first = FIRST_PROBE_BYTES as f64;
+    match first / bytes_per_s < QUICK_PROBE.as_secs_f64() {
+        true => first + SECOND_PROBE_BYTES as f64,
+        false => first,
+    }
+}
+
 impl SourceControl {
     /// Something has been done before the first page was sent.
     pub(super) fn set_up(&mut self, done: Done) {
