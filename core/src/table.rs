@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use twox_hash::XxHash3_64;
 
 use crate::layout::Layout;
 use crate::memory::PAGE_SIZE;
@@ -32,13 +32,13 @@ impl PageHasher {
     /// A hasher for the move that `seed` was drawn for. Without `verify` it does not read contents: entries then only
     /// tell pages of zeros from others.
     pub fn new(seed: u64, verify: bool) -> Self {
-        Self { seed, zero: xxh3_64_with_seed(&[0; PAGE_SIZE], seed), verify }
+        Self { seed, zero: XxHash3_64::oneshot_with_seed(seed, &[0; PAGE_SIZE]), verify }
     }
 
     /// The entry for a page with these contents.
     pub fn page(&self, frame: u64, page: &Page) -> u64 {
         match self.verify {
-            true => bind(xxh3_64_with_seed(page, self.seed), frame),
+            true => bind(XxHash3_64::oneshot_with_seed(self.seed, page), frame),
             false => match self.zero(frame) ^ 1 {
                 NEVER | TORN => 2,
                 entry => entry,

@@ -3,7 +3,7 @@
 use std::fmt::{Arguments, Write};
 use std::time::Duration;
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use twox_hash::XxHash3_64;
 
 /// The steps of one seed.
 pub struct Trace {
@@ -27,13 +27,14 @@ impl Trace {
         if self.print {
             println!("{}", self.line);
         }
-        self.hash = xxh3_64_with_seed(self.line.as_bytes(), self.hash);
+        self.hash = XxHash3_64::oneshot_with_seed(self.hash, self.line.as_bytes());
         self.steps += 1;
     }
 
     /// Something too small for a line happens: it counts, and is part of the hash.
     pub fn small_step(&mut self, now: Duration, what: u64) {
-        self.hash = xxh3_64_with_seed(&(now.as_nanos() as u64 ^ what.rotate_left(40)).to_le_bytes(), self.hash);
+        let step = (now.as_nanos() as u64 ^ what.rotate_left(40)).to_le_bytes();
+        self.hash = XxHash3_64::oneshot_with_seed(self.hash, &step);
         self.steps += 1;
     }
 
