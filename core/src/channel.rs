@@ -44,6 +44,12 @@ pub trait ChannelWriter: Send {
     /// (retransmissions and packet headers included). Never decreases.
     fn bytes_on_wire(&self) -> u64;
 
+    /// How long, in all, what was to be sent has waited for the peer to read; `None`: not known. What else a write waits for is
+    /// the link.
+    fn held_up_by_peer(&self) -> Option<Duration> {
+        None
+    }
+
     /// Says that nothing more will be written; what was written is still delivered.
     fn finish(&mut self) -> io::Result<()>;
 }

@@ -109,7 +109,8 @@ impl Worker {
                     }
                     let began = Instant::now();
                     self.writer.write_all(bytes)?;
-                    self.link.wrote(length, began, Instant::now());
+                    let ended = Instant::now();
+                    self.link.wrote(length, began, ended, || self.writer.held_up_by_peer());
                     self.channel.written();
                     let wire_bytes = self.writer.bytes_on_wire();
                     flow.wrote(self.index, length, wire_bytes - self.noted_bytes);
@@ -140,11 +141,14 @@ impl Worker {
     }
 }
 
-/// How fast the link takes what is written, if it is the link that is waited for.
+/// How fast the link takes what is written, if it is the link that is waited for, and not the peer or ourselves: only then does it
+/// pay to send less.
 #[derive(Debug, Default)]
 struct LinkRate {
     window: Option<Window>,
     bytes_per_s: Option<u64>,
+    /// What the peer had held up before this window.
+    held_up: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -158,15 +162,24 @@ impl LinkRate {
     /// Long enough for more than what sockets swallow at once.
     const WINDOW: Duration = Duration::from_millis(100);
 
-    /// So many bytes were written between two moments.
-    fn wrote(&mut self, bytes: u64, began: Instant, ended: Instant) {
+    /// So many bytes were written between two moments. `held_up_by_peer`: as [`ChannelWriter::held_up_by_peer`].
+    fn wrote(
+        &mut self,
+        bytes: u64,
+        began: Instant,
+        ended: Instant,
+        held_up_by_peer: impl FnOnce() -> Option<Duration>,
+    ) {
         let window = self.window.get_or_insert(Window { began, bytes: 0, blocked: Duration::ZERO });
         window.bytes += bytes;
         window.blocked += ended - began;
         let length = ended - window.began;
         if length >= Self::WINDOW {
             // Time spent elsewhere (encoding, waiting for a turn) says nothing about the link.
-            let waited_for = window.blocked * 2 > length;
+            let held_up = held_up_by_peer();
+            let by_peer = held_up.zip(self.held_up).map(|(now, before)| now.saturating_sub(before));
+            self.held_up = held_up.or(self.held_up);
+            let waited_for = by_peer.is_some_and(|by_peer| window.blocked.saturating_sub(by_peer) * 2 > length);
             self.bytes_per_s = waited_for.then(|| (window.bytes as f64 / length.as_secs_f64()) as u64);
             self.window = None;
         }
@@ -182,19 +195,33 @@ impl LinkRate {
 mod tests {
     use super::*;
 
+    /// Twenty writes of 1 MB, 10 ms apart, of which each blocks for so long, and the peer holds it up for so long.
+    fn written(link: &mut LinkRate, start: Instant, from_ms: u64, blocks_ms: u64, by_peer_ms: u64) {
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        for ms in (from_ms..from_ms + 200).step_by(10) {
+            let held_up = Duration::from_millis(ms / 10 * by_peer_ms);
+            link.wrote(1_000_000, at(ms), at(ms + blocks_ms), || Some(held_up));
+        }
+    }
+
     #[test]
     fn a_link_that_blocks_shows_its_rate_and_one_that_does_not_shows_none() {
-        let start = Instant::now();
-        let at = |ms: u64| start + Duration::from_millis(ms);
-        let mut link = LinkRate::default();
-        for ms in (0..200).step_by(10) {
-            link.wrote(1_000_000, at(ms), at(ms + 9));
-        }
+        let (start, mut link) = (Instant::now(), LinkRate::default());
+        written(&mut link, start, 0, 9, 0);
         let rate = link.bytes_per_s().unwrap();
         assert!((90_000_000..130_000_000).contains(&rate), "{rate}");
-        for ms in (200..400).step_by(10) {
-            link.wrote(1_000_000, at(ms), at(ms + 1));
-        }
+        written(&mut link, start, 200, 1, 0);
         assert_eq!(link.bytes_per_s(), None);
+    }
+
+    #[test]
+    fn a_peer_that_is_slow_to_read_is_no_slow_link() {
+        let (start, mut link) = (Instant::now(), LinkRate::default());
+        written(&mut link, start, 0, 9, 7);
+        assert_eq!(link.bytes_per_s(), None);
+        let mut unknown = LinkRate::default();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        (0..40).for_each(|n| unknown.wrote(1_000_000, at(n * 10), at(n * 10 + 9), || None));
+        assert_eq!(unknown.bytes_per_s(), None, "who is waited for is not known");
     }
 }

@@ -6,12 +6,14 @@
 mod dial;
 mod files;
 mod listener;
+mod tcp_info;
 
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use godwit_core::{Channel, ChannelReader, ChannelWriter, HangUp};
 use socket2::{Domain, Socket, TcpKeepalive};
@@ -187,6 +189,10 @@ impl ChannelWriter for StreamWriter {
 
     fn bytes_on_wire(&self) -> u64 {
         self.bytes_written
+    }
+
+    fn held_up_by_peer(&self) -> Option<Duration> {
+        tcp_info::receive_window_limited(&self.shared.socket)
     }
 
     fn finish(&mut self) -> io::Result<()> {
