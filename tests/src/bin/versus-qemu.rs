@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Parser;
+use godwit_tests::versus::settings::{self, Settings};
 use godwit_tests::versus::{case, compare, limits, moving};
 use serde_json::json;
 
@@ -16,6 +17,9 @@ struct Arguments {
     /// Only cases whose names contain this
     #[arg(long)]
     case: Option<String>,
+    /// Settings of QEMU to try, by name, instead of all
+    #[arg(long, value_delimiter = ',')]
+    settings: Vec<String>,
     /// Draw rates and sizes at random near each case's
     #[arg(long)]
     seed: Option<u64>,
@@ -41,6 +45,13 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut cases = case::all(arguments.seed);
     cases.retain(|case| arguments.case.as_ref().is_none_or(|part| case.name.contains(part.as_str())));
     let Some(first) = cases.first() else { bail!("no case has a name like that") };
+    let wanted = |settings: &&Settings| {
+        arguments.settings.is_empty() || arguments.settings.iter().any(|name| name == settings.name)
+    };
+    let candidates: Vec<&Settings> = settings::ALL.iter().filter(wanted).collect();
+    if candidates.len() < arguments.settings.len() {
+        bail!("QEMU's settings here are {}", settings::ALL.map(|settings| settings.name).join(", "));
+    }
     let guest_sha256 = moving::guest_sha256(first)?;
     eprintln!("what this machine allows …");
     let limits = limits::measure()?;
@@ -55,17 +66,23 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut compared = Vec::new();
     for case in cases {
         eprintln!("\n{}: {}", case.name, case.workload.arguments().join(" "));
-        compared.push(compare::compare(case, arguments.pairs, arguments.downtime_limit_ms, |who, moved| {
-            eprintln!(
-                "  {who:<16} {:>8.0} ms, gap {:>7}, {:>6.0} MB, CPU {:.2} s, guest at {}{}",
-                moved.total_ms,
-                moved.gap_ms.map_or("-".into(), |gap| format!("{gap:.1} ms")),
-                moved.wire_bytes as f64 / 1e6,
-                moved.cpu_s,
-                moved.guest_rate_share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0)),
-                moved.cut.as_ref().map_or(String::new(), |why| format!("  CUT: {why}")),
-            );
-        })?);
+        compared.push(compare::compare(
+            case,
+            &candidates,
+            arguments.pairs,
+            arguments.downtime_limit_ms,
+            |who, moved| {
+                eprintln!(
+                    "  {who:<16} {:>8.0} ms, gap {:>7}, {:>6.0} MB, CPU {:.2} s, guest at {}{}",
+                    moved.total_ms,
+                    moved.gap_ms.map_or("-".into(), |gap| format!("{gap:.1} ms")),
+                    moved.wire_bytes as f64 / 1e6,
+                    moved.cpu_s,
+                    moved.guest_rate_share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0)),
+                    moved.cut.as_ref().map_or(String::new(), |why| format!("  CUT: {why}")),
+                );
+            },
+        )?);
     }
     eprintln!("\n{}", compare::Compared::header());
     compared.iter().for_each(|compared| eprintln!("{}", compared.line(&limits)));

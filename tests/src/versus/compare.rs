@@ -1,12 +1,12 @@
 //! One case: QEMU's best settings are found by a small tournament, then both move in turn.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::case::{Case, LINK_BYTES_PER_S, Link};
 use super::limits::Limits;
 use super::moving::{Moved, by_godwit, by_qemu};
-use super::settings::{self, Settings};
+use super::settings::Settings;
 
 /// Moves of each setting in the tournament. The best counts, to QEMU's favour.
 const TRIES: usize = 2;
@@ -20,10 +20,16 @@ pub struct Compared {
     qemu: Vec<Moved>,
 }
 
-/// Finds QEMU's best settings for the case, then moves by Godwit and by QEMU in turn. `say` is told each move.
-pub fn compare(case: Case, pairs: u32, downtime_limit_ms: u64, mut say: impl FnMut(&str, &Moved)) -> Result<Compared> {
-    let mut tried: Vec<(&Settings, Moved)> = Vec::new();
-    for settings in &settings::ALL {
+/// Finds the best of QEMU's `candidates` for the case, then moves by Godwit and by QEMU in turn. `say` is told each move.
+pub fn compare(
+    case: Case,
+    candidates: &[&'static Settings],
+    pairs: u32,
+    downtime_limit_ms: u64,
+    mut say: impl FnMut(&str, &Moved),
+) -> Result<Compared> {
+    let mut tried: Vec<(&'static Settings, Moved)> = Vec::new();
+    for &settings in candidates {
         let mut best = by_qemu(&case, settings, downtime_limit_ms)?;
         say(settings.name, &best);
         for _ in 1..TRIES {
@@ -38,7 +44,7 @@ pub fn compare(case: Case, pairs: u32, downtime_limit_ms: u64, mut say: impl FnM
         tried.push((settings, best));
     }
     let winner = tried.iter().min_by(|(_, one), (_, other)| one.total_ms.total_cmp(&other.total_ms));
-    let winner = winner.map_or(&settings::ALL[0], |(settings, _)| *settings);
+    let winner = winner.map(|(settings, _)| *settings).context("QEMU has no settings to try")?;
     let (mut godwit, mut qemu) = (Vec::new(), Vec::new());
     for _ in 0..pairs {
         let moved = by_godwit(&case, downtime_limit_ms)?;

@@ -4,7 +4,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use godwit_vmm::config::MemoryBacking;
+use godwit_vmm::guest_memory;
 use sha2::{Digest, Sha256};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::case::{Case, LINK_BYTES_PER_S, LINK_MEGABITS_PER_S, Link};
 use super::settings::Settings;
@@ -56,6 +59,7 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     if case.link == Link::Capped {
         options.extend(["--max-bandwidth", "1Gbit"]);
     }
+    provide_memory(case)?;
     let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), destination.process.pid()])?;
     let measured = measure(&source, &destination, target, None, &options, LIMIT, |_| ());
     let moved = Moved::new(measured, watch).with_context(|| scene.logs())?;
@@ -86,6 +90,7 @@ pub fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Resu
     let header = wait::until("QEMU's guest", SETTLE_LIMIT, || Ok(workload::find_header(pid)))?;
     let target = workload::heartbeats(pid, header, case.workload.vcpus);
     settle(case, target)?;
+    provide_memory(case)?;
     let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
     Moved::new(measure_qemu(&source, &destination, target, &uri, LIMIT), watch).with_context(|| scene.logs())
 }
@@ -128,6 +133,18 @@ fn export(case: &Case, image: &std::path::Path) -> Result<()> {
     command.arg("run").args(case.workload.arguments()).arg("--export-elf").arg(image);
     let output = command.output().context("cannot run godwit-sender")?;
     ensure!(output.status.success(), "the guest was not exported: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Makes sure that as much free memory as the guest has is really there. On a machine that is itself virtual, its host may have taken
+/// free memory back, and the next who touches it waits for it: that would be whichever move happens to come first.
+fn provide_memory(case: &Case) -> Result<()> {
+    let memory = guest_memory(case.workload.pages() * 4096, MemoryBacking::Private, false)?;
+    for region in memory.iter() {
+        for offset in (0..region.len()).step_by(4096) {
+            region.write_obj(1u8, MemoryRegionAddress(offset))?;
+        }
+    }
     Ok(())
 }
 
