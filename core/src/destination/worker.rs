@@ -6,11 +6,13 @@ use vm_memory::VolatileSlice;
 
 use super::receiving::{DestinationPages, Received, ReceivingChannel};
 use crate::channel::ChannelReader;
+use crate::chunk::HEADER_BYTES;
 use crate::decoder::{DecodeError, Wants};
 use crate::link::ControlLink;
 use crate::message::{Applied, Message};
 
-/// Small chunks are read together; large runs of pages past this buffer.
+/// Small chunks are read together; large runs of pages past this buffer. After such a run comes the header of another, most likely: what
+/// else were read with it would have to be copied.
 const BUFFER_BYTES: usize = 64 << 10;
 
 /// Why a data channel came to nothing.
@@ -34,7 +36,7 @@ pub fn run(
     reader: Box<dyn ChannelReader>,
 ) -> Result<u64, WorkerError> {
     let broke = |error| WorkerError::Io(index, error);
-    let mut reader = Buffered { reader, buffer: vec![0; BUFFER_BYTES], filled: 0, used: 0 };
+    let mut reader = Buffered { reader, buffer: vec![0; BUFFER_BYTES], filled: 0, used: 0, read_past: false };
     let mut bytes = Vec::new();
     loop {
         let received = match channel.wants() {
@@ -65,6 +67,8 @@ struct Buffered {
     buffer: Vec<u8>,
     filled: usize,
     used: usize,
+    /// Whether pages were last read past the buffer.
+    read_past: bool,
 }
 
 impl Buffered {
@@ -84,6 +88,7 @@ impl Buffered {
         while done < memory.len() {
             let mut rest = memory.offset(done).map_err(io::Error::other)?;
             if self.used == self.filled && rest.len() >= self.buffer.len() {
+                self.read_past = true;
                 match self.reader.read_volatile(&mut rest)? {
                     0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                     count => done += count,
@@ -103,7 +108,8 @@ impl Buffered {
         if self.used == self.filled {
             self.used = 0;
             self.filled = 0;
-            self.filled = self.reader.read(&mut self.buffer)?;
+            let most = if std::mem::take(&mut self.read_past) { HEADER_BYTES } else { BUFFER_BYTES };
+            self.filled = self.reader.read(&mut self.buffer[..most])?;
             if self.filled == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
