@@ -21,6 +21,8 @@ pub struct RoundEnd {
     pub wire_bytes_per_page: f64,
     /// Bytes sent and not known to be applied.
     pub queued_bytes: u64,
+    /// What the destination takes to write those of its pages that are not known to be applied.
+    pub applying: Duration,
     /// B_s: what the pause can count on.
     pub switchover_bytes_per_s: f64,
     /// F: what the pause takes with nothing to send.
@@ -56,14 +58,15 @@ pub enum Decision {
 }
 
 impl RoundEnd {
-    /// The pause, if it began now: (ρ × dirty + queued) / B_s + F, or what looking at the dirty pages takes where less is sent.
+    /// The pause, if it began now: (ρ × dirty + queued) / B_s + F. What is dirty takes at least the time to look at it, and what is
+    /// queued the time to write it: pages that shrink a lot are quickly sent and not as quickly applied.
     pub fn predicted_pause(&self) -> Duration {
-        let bytes = self.dirty_pages as f64 * self.wire_bytes_per_page + self.queued_bytes as f64;
         // A day stands for "never": a rate of 0 must not divide.
-        let sending = (bytes / self.switchover_bytes_per_s.max(1.0)).min(86_400.0);
+        let sending = |bytes: f64| (bytes / self.switchover_bytes_per_s.max(1.0)).min(86_400.0);
         let looking = self.dirty_pages as f64 * PAGE_SIZE as f64 / DATA_PATH_BYTES_PER_S;
-        let sending = sending.max(looking);
-        self.fixed + Duration::from_secs_f64(sending)
+        let dirty = sending(self.dirty_pages as f64 * self.wire_bytes_per_page).max(looking);
+        let queued = sending(self.queued_bytes as f64).max(self.applying.as_secs_f64());
+        self.fixed + Duration::from_secs_f64(dirty + queued)
     }
 
     /// The stop rule, and what happens when it is not met in time.
@@ -86,7 +89,7 @@ impl RoundEnd {
                 format!("{} rounds after the first pass were not enough", self.round)
             }
             None => {
-                let caught_up = RoundEnd { queued_bytes: 0, ..*self };
+                let caught_up = RoundEnd { queued_bytes: 0, applying: Duration::ZERO, ..*self };
                 return match caught_up.predicted_pause() <= limits.downtime {
                     true => Decision::AwaitQueue,
                     false => Decision::Continue,
@@ -133,6 +136,7 @@ mod tests {
             dirty_pages,
             wire_bytes_per_page: 5000.0,
             queued_bytes: 1_000_000,
+            applying: Duration::ZERO,
             switchover_bytes_per_s: 1e9,
             fixed: 2 * MS,
         }
@@ -160,6 +164,13 @@ mod tests {
             RoundEnd { queued_bytes: 1_000_001, ..end(0, 1201) }.decide(&limits(OnStall::Abort)),
             Decision::Continue
         );
+    }
+
+    #[test]
+    fn what_is_quickly_sent_and_not_as_quickly_applied_counts() {
+        let shrunk = RoundEnd { applying: 3 * MS, ..end(0, 1000) };
+        assert_eq!(shrunk.predicted_pause(), 10 * MS);
+        assert_eq!(shrunk.decide(&limits(OnStall::Abort)), Decision::AwaitQueue);
     }
 
     #[test]

@@ -188,7 +188,7 @@ pub(crate) struct MigrateArgs {
     /// Wait for `continue` before the guest is paused
     #[arg(long)]
     pub(crate) pause_before_switchover: bool,
-    /// Data channels
+    /// Data channels [default: as many as cores, 4 at most]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) channels: Option<u16>,
     /// Compression of pages: auto, none, zstd, zstd:LEVEL
@@ -197,7 +197,7 @@ pub(crate) struct MigrateArgs {
     /// To a receiver on this host (unix:/PATH): hand the machine's memory over instead of copying it, where it can be (auto), or else be refused (require), or never (off) [default: auto]
     #[arg(long, value_name = "WHEN")]
     pub(crate) memory_handover: Option<MemoryHandoverArg>,
-    /// Memory for what was last sent of pages, so that over a slow link only differences are sent (the predicted pause does not reckon yet with what applying them takes) [default: 0, none]
+    /// Memory for what was last sent of pages, so that over a slow link only differences are sent; 0: none [default: 512M]
     #[arg(long, value_name = "SIZE")]
     pub(crate) delta_cache: Option<ByteSize>,
     /// Compare a hash of every page before the destination loads state [default: on]

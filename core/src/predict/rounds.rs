@@ -202,6 +202,8 @@ fn play(workload: &Workload, path: &Path, mut decide: impl FnMut(&RoundEnd) -> D
             wire_bytes_per_page,
             queued_bytes: queued_bytes as u64,
             switchover_bytes_per_s: path.switchover_bytes_per_s,
+            // A destination is taken to keep pace with the link.
+            applying: Duration::ZERO,
             fixed: path.fixed,
         };
         let pause_seconds = (path.fixed.as_secs_f64()

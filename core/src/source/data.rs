@@ -137,6 +137,11 @@ impl Data {
         break_off(&self.shared.pages, &mut self.idle, &mut self.unacknowledged)
     }
 
+    /// Pages that the destination has yet to write, as far as is known.
+    pub fn queued_pages(&self) -> u64 {
+        self.unacknowledged.iter().map(Unacknowledged::pages).sum()
+    }
+
     /// Bytes written and not acknowledged.
     pub fn queued_bytes(&self) -> u64 {
         let queued = |(index, channel): (usize, &Unacknowledged)| {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use self::links::Opened;
 use self::machine::{Inquiring, Jobs};
+use super::applying::Applying;
 use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
 use super::data::Data;
 use super::sending::{Order, SendingChannel};
@@ -99,6 +100,7 @@ pub struct Driver {
     data: Option<Data>,
     probe: Option<Probe>,
     round: Option<Round>,
+    applying: Applying,
     verify: bool,
     channels: u16,
 }
@@ -146,6 +148,7 @@ impl Driver {
             data: None,
             probe: None,
             round: None,
+            applying: Applying::default(),
         }
     }
 
@@ -222,8 +225,9 @@ impl Driver {
             return self
                 .input(Input::Failed(format!("the destination acknowledged what came over no channel ({channel})")));
         };
-        if let Err(error) = unacknowledged.applied(mark) {
-            return self.input(Input::Failed(format!("data channel {channel}: {error}")));
+        match unacknowledged.applied(mark) {
+            Ok(pages) => self.applying.applied(Instant::now(), pages),
+            Err(error) => return self.input(Input::Failed(format!("data channel {channel}: {error}"))),
         }
         if self.queue_awaited {
             self.queue_awaited = !self.queue_empty();
@@ -329,6 +333,9 @@ impl Driver {
         let tallied = match told {
             // Also of links that have broken: what it lists may not have arrived.
             WorkerTold::Marked(batch) => {
+                if data.queued_pages() == 0 {
+                    self.applying.begin(Instant::now());
+                }
                 if let Err(error) = data.unacknowledged[index].sent(batch) {
                     self.input(Input::Failed(format!("data channel {index}: {error}")));
                 }
@@ -365,6 +372,7 @@ impl Driver {
         sent.harvest = harvesting.elapsed();
         sent.dirty_pages = data.shared.pages.pending.count();
         sent.queued_bytes = data.queued_bytes();
+        sent.applying = self.applying.time_for(data.queued_pages());
         self.handle.round_ended(sent);
         self.input(Input::Done(Done::RoundSent(sent)));
     }

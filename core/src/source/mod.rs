@@ -1,5 +1,6 @@
 //! The sending end of a move.
 
+mod applying;
 mod compressing;
 pub mod control;
 mod data;
@@ -97,7 +98,8 @@ pub struct SourceOptions {
     pub compression: Compression,
     /// Hand memory over instead of sending it.
     pub memory_handover: MemoryHandover,
-    /// Memory for what was last sent of pages, so that over a slow link only differences need be sent; 0: none.
+    /// Memory for what was last sent of pages, taken as it is needed, so that over a slow link only
+    /// differences need be sent; 0: none.
     pub delta_cache_bytes: u64,
     /// Compare a table of page hashes before state is loaded.
     pub verify: bool,
@@ -115,6 +117,14 @@ pub struct SourceOptions {
     pub hold_at: Option<Phase>,
 }
 
+/// More than this many data channels are a choice, not a default.
+const MOST_DEFAULT_CHANNELS: usize = 4;
+
+/// As many as there are cores to feed and to empty them, within reason.
+fn default_channels() -> u16 {
+    thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_DEFAULT_CHANNELS) as u16)
+}
+
 impl Default for SourceOptions {
     fn default() -> Self {
         Self {
@@ -128,10 +138,10 @@ impl Default for SourceOptions {
             max_rounds: 30,
             on_stall: OnStall::Abort,
             pause_before_switchover: false,
-            channels: 1,
+            channels: default_channels(),
             compression: Compression::Auto,
             memory_handover: MemoryHandover::Auto,
-            delta_cache_bytes: 0,
+            delta_cache_bytes: 512 << 20,
             verify: true,
             audit: false,
             dry_run: false,

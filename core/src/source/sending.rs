@@ -23,8 +23,10 @@ use crate::table::{Page, PageHasher, PageTable};
 use crate::touched::TouchedPages;
 use crate::view::MemoryView;
 
-/// How much may be under way without an acknowledgement being asked for.
+/// How much may be under way without an acknowledgement being asked for: bytes on the wire, and pages that the destination
+/// has to write, which may be far more where they shrink.
 const MARK_INTERVAL_BYTES: u64 = 4 << 20;
+const MARK_INTERVAL_PAGES: u64 = 1024;
 
 /// What all channels of a move share at the source.
 pub struct SourcePages {
@@ -129,6 +131,8 @@ pub struct SendingChannel {
     open: Vec<Sent>,
     written_bytes: u64,
     marked_bytes: u64,
+    /// Pages with contents since the last mark.
+    open_pages: u64,
     /// By how much this channel has made the table's sum grow.
     sum: u64,
     untouched: u64,
@@ -224,6 +228,7 @@ impl SendingChannel {
             open: Vec::new(),
             written_bytes: 0,
             marked_bytes: 0,
+            open_pages: 0,
             sum: 0,
             untouched: 0,
             again: 0,
@@ -278,7 +283,7 @@ impl SendingChannel {
                     self.encoder.probe();
                     self.flush = true;
                 }
-                Work::Visit { .. } if self.written_bytes - self.marked_bytes >= MARK_INTERVAL_BYTES => {
+                Work::Visit { .. } if self.is_mark_due() => {
                     return Ok(Polled::Marked(self.mark()));
                 }
                 Work::Visit { next, visit } => {
@@ -334,6 +339,7 @@ impl SendingChannel {
         self.work = Work::Idle;
         self.flush = false;
         self.marked_bytes = self.written_bytes;
+        self.open_pages = 0;
         self.open.drain(..).map(|Sent { stripe, bits }| pending.merge(stripe, &bits)).sum()
     }
 
@@ -436,6 +442,7 @@ impl SendingChannel {
                     } else {
                         self.bases.forget(slot);
                     }
+                    self.open_pages += 1;
                     pages.hasher.page(frame, page)
                 }
             };
@@ -470,13 +477,17 @@ impl SendingChannel {
         }
     }
 
+    fn is_mark_due(&self) -> bool {
+        self.written_bytes - self.marked_bytes >= MARK_INTERVAL_BYTES || self.open_pages >= MARK_INTERVAL_PAGES
+    }
+
     /// Puts a mark behind all that was encoded.
     fn mark(&mut self) -> Batch {
         let mark = self.encoder.mark();
         let until_bytes = self.written_bytes + self.encoder.output_bytes() as u64;
         self.marked_bytes = until_bytes;
         self.flush = true;
-        Batch { mark, until_bytes, sent: std::mem::take(&mut self.open) }
+        Batch { mark, until_bytes, pages: std::mem::take(&mut self.open_pages), sent: std::mem::take(&mut self.open) }
     }
 
     fn pages(&self) -> u64 {

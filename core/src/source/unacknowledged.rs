@@ -26,6 +26,8 @@ pub struct Batch {
     pub mark: u64,
     /// Bytes that the channel has written up to there.
     pub until_bytes: u64,
+    /// Pages that the destination has to write.
+    pub pages: u64,
     /// The pages in it.
     pub sent: Vec<Sent>,
 }
@@ -58,20 +60,27 @@ impl Unacknowledged {
         Ok(())
     }
 
-    /// All up to a mark has been applied.
-    pub fn applied(&mut self, mark: u64) -> Result<(), BadAcknowledgement> {
+    /// All up to a mark has been applied. Returns how many pages the destination has written for it.
+    pub fn applied(&mut self, mark: u64) -> Result<u64, BadAcknowledgement> {
         let known = self.batches.binary_search_by_key(&mark, |batch| batch.mark);
         let last = known.map_err(|_| BadAcknowledgement::NotSent(mark))?;
         let last = if planted(Plant::AcknowledgeTooMuch) { self.batches.len() - 1 } else { last };
+        let mut pages = 0;
         for batch in self.batches.drain(..=last) {
             self.applied_bytes = batch.until_bytes;
+            pages += batch.pages;
         }
-        Ok(())
+        Ok(pages)
     }
 
     /// Of the bytes that the channel has written, those known to be applied (or given back).
     pub fn applied_bytes(&self) -> u64 {
         self.applied_bytes
+    }
+
+    /// Pages that the destination has yet to write, as far as is known.
+    pub fn pages(&self) -> u64 {
+        self.batches.iter().map(|batch| batch.pages).sum()
     }
 
     /// The link broke after `written_bytes`: what is not known to be applied is pending again. Returns how many pages that
@@ -95,7 +104,7 @@ mod tests {
     fn batch(mark: u64, bit: u64) -> Batch {
         let mut bits = StripeBits::default();
         bits[0] = bit;
-        Batch { mark, until_bytes: mark * 100, sent: vec![Sent { stripe: 0, bits }] }
+        Batch { mark, until_bytes: mark * 100, pages: 1, sent: vec![Sent { stripe: 0, bits }] }
     }
 
     #[test]
@@ -104,7 +113,8 @@ mod tests {
         let pending = Pending::new(&layout);
         let mut channel = Unacknowledged::default();
         (3..7).for_each(|mark| channel.sent(batch(mark, 1 << mark)).unwrap());
-        channel.applied(4).unwrap();
+        assert_eq!(channel.applied(4), Ok(2));
+        assert_eq!(channel.pages(), 2);
         assert_eq!(channel.applied_bytes(), 400);
         assert_eq!(channel.applied(4), Err(BadAcknowledgement::NotSent(4)), "twice");
         assert_eq!(channel.applied(9), Err(BadAcknowledgement::NotSent(9)));

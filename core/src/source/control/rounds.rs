@@ -49,6 +49,7 @@ impl SourceControl {
             dirty_pages: sent.dirty_pages,
             wire_bytes_per_page: self.wire_bytes_per_page,
             queued_bytes: sent.queued_bytes,
+            applying: sent.applying,
             switchover_bytes_per_s: self.switchover_bytes_per_s,
             fixed: self.cost.total(),
         };

@@ -132,6 +132,8 @@ pub struct RoundSent {
     pub dirty_pages: u64,
     /// Bytes sent and not acknowledged.
     pub queued_bytes: u64,
+    /// What the destination takes to write those of its pages that are not acknowledged.
+    pub applying: Duration,
     /// How long the harvest took.
     pub harvest: Duration,
     /// Whether a cap was in force at some time in it.

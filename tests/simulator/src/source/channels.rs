@@ -144,6 +144,8 @@ impl World {
             wire_bytes: end.written_bytes() - written,
             dirty_pages: pages.pending.count(),
             queued_bytes: end.queued_bytes(),
+            // Writing modelled memory takes no time.
+            applying: Duration::ZERO,
             harvest: us(20),
             capped: end.pacer.bytes_per_s().is_some(),
         };
