@@ -117,7 +117,7 @@ impl Flow {
         }
     }
 
-    /// Lets the workers leave their round at the next stripe.
+    /// Lets the workers leave their round.
     pub fn cut_round(&self) {
         self.cut.store(true, Ordering::Release);
     }

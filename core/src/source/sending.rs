@@ -94,7 +94,7 @@ pub struct Pace {
     pub quantum_bytes: usize,
     /// What the channel can count on: the cap in force, or less if the link was seen to take less.
     pub bytes_per_s: Option<u64>,
-    /// Leave the round at the next stripe.
+    /// Leave the round, also in the middle of a stripe.
     pub cut: bool,
 }
 
@@ -269,7 +269,10 @@ impl SendingChannel {
                 }
             }
             if self.current.is_some() {
-                self.encode(pages, quantum);
+                match pace.cut && matches!(self.work, Work::Visit { visit: Visit::Round { .. }, .. }) {
+                    true => self.leave_stripe(&pages.pending),
+                    false => self.encode(pages, quantum),
+                }
                 continue;
             }
             match self.work {
@@ -325,6 +328,13 @@ impl SendingChannel {
         if let Some(Current { stripe, rest, .. }) = self.current.take() {
             pending.merge(Layout::stripe_of_slot(stripe.first_slot), &rest);
         }
+    }
+
+    /// Leaves a stripe in the middle; the rest of it stays pending.
+    fn leave_stripe(&mut self, pending: &Pending) {
+        self.put_back(pending);
+        self.encoder.end_stripe();
+        self.compressing.judge(self.encoder.counts());
     }
 
     /// Its link broke, and it is to go on over another. What was sent since the last mark is pending again. Returns how

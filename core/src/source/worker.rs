@@ -195,10 +195,10 @@ impl LinkRate {
 mod tests {
     use super::*;
 
-    /// Twenty writes of 1 MB, 10 ms apart, of which each blocks for so long, and the peer holds it up for so long.
+    /// Forty writes of 1 MB, 10 ms apart, of which each blocks for so long, and the peer holds it up for so long.
     fn written(link: &mut LinkRate, start: Instant, from_ms: u64, blocks_ms: u64, by_peer_ms: u64) {
         let at = |ms: u64| start + Duration::from_millis(ms);
-        for ms in (from_ms..from_ms + 200).step_by(10) {
+        for ms in (from_ms..from_ms + 400).step_by(10) {
             let held_up = Duration::from_millis(ms / 10 * by_peer_ms);
             link.wrote(1_000_000, at(ms), at(ms + blocks_ms), || Some(held_up));
         }
@@ -210,7 +210,7 @@ mod tests {
         written(&mut link, start, 0, 9, 0);
         let rate = link.bytes_per_s().unwrap();
         assert!((90_000_000..130_000_000).contains(&rate), "{rate}");
-        written(&mut link, start, 200, 1, 0);
+        written(&mut link, start, 400, 1, 0);
         assert_eq!(link.bytes_per_s(), None);
     }
 

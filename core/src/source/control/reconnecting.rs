@@ -111,6 +111,8 @@ impl SourceControl {
             (_, Input::Failed(what)) => self.fail(what),
             (_, Input::Message(Message::Abort(why))) => self.fail(format!("{} gave up: {why}", self.peer_host)),
             (_, Input::DowntimeLimit(limit)) => self.options.downtime_limit = limit,
+            // Said before anybody knew of the break: it holds for when the move has converged again.
+            (_, Input::Proceed) => self.proceed = true,
             (Stage::BreakingOff, Input::Done(Done::BrokenOff(broken))) => {
                 if let Some(at) = self.paused_at.take().filter(|_| self.guest_stopped) {
                     let paused = self.now.saturating_sub(at);

@@ -151,7 +151,7 @@ pub enum Action {
     Say(String),
     /// Send a message.
     Send(Message),
-    /// Let the workers leave their round at the next stripe; the round then ends as usual.
+    /// Let the workers leave their round; it then ends as usual.
     CutRound,
     /// Hang up, and end the workers.
     HangUp,
