@@ -139,12 +139,11 @@ pub(super) fn estimate(shared: &Arc<Shared>, caller: &Caller, command: &str, giv
     let was_running = machine.is_running();
     let tell = |running: bool| shared.hub.publish("GODWIT_ESTIMATE", json!({ "running": running }));
     tell(true);
-    let measured = estimate::measure(&machine, pause, &options, &|time| running.wait(time, caller)).map_err(
-        |error| match error {
+    let measured =
+        estimate::measure(&machine, pause, &options, &|time| running.wait(time, caller)).map_err(|error| match error {
             EstimateError::CalledOff => QmpError::generic("the estimate was called off: a move begins"),
             error => failed(error),
-        },
-    );
+        });
     drop(running);
     tell(false);
     let measured = measured?;

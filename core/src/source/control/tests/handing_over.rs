@@ -75,7 +75,8 @@ fn a_link_that_breaks_ends_the_move_and_memory_is_taken_back() {
 /// What comes of a move whose memory is not offered or not taken, for each of the options.
 #[test]
 fn memory_that_cannot_be_handed_over_is_sent_or_refused_with_the_reason() {
-    let obstacles: [(&str, fn() -> Option<Input>); 3] = [
+    type Answer = fn() -> Option<Input>;
+    let obstacles: [(&str, Answer); 3] = [
         ("unix:/PATH", || Some(Input::Done(Done::NotOffered(NotOffered::Link)))),
         ("--memory-backing memfd", || Some(Input::Done(Done::NotOffered(NotOffered::Memory("it is private".into()))))),
         ("another host", || Some(Input::Message(Message::MemoryTaken(Some("the receiver is on another host".into()))))),
