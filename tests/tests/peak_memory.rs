@@ -49,7 +49,8 @@ const TCP: &str = "tcp://127.0.0.1:0";
 const QUIC: &str = "quic://127.0.0.1:0";
 
 fn main() {
-    let cap = ["--max-bandwidth", "1Gbit"];
+    let cap = ["--max-bandwidth", "1Gbit", "--delta-cache"];
+    let capped = [&cap[..], &["0"]].concat();
     let case = |name: &str, listen: &'static str, workload: &'static Workload, options: &[&'static str]| {
         let options = options.to_vec();
         harness::test(name, &[Need::Kvm], move |scene| bounded(scene, listen, workload, &options, 0))
@@ -60,10 +61,10 @@ fn main() {
         case("quic", QUIC, &WORKLOAD, &[]),
         case("quic_3_channels", QUIC, &WORKLOAD, &["--channels", "3"]),
         case("compressed", TCP, &COMPRESSIBLE, &["--compress", "zstd"]),
-        case("tcp_capped", TCP, &CALM, &cap),
-        case("quic_capped", QUIC, &CALM, &cap),
+        case("tcp_capped", TCP, &CALM, &capped),
+        case("quic_capped", QUIC, &CALM, &capped),
         harness::test("differences", &[Need::Kvm], move |scene| {
-            bounded(scene, TCP, &CALM, &[&cap[..], &["--delta-cache", "64M"]].concat(), 64 * MIB)
+            bounded(scene, TCP, &CALM, &[&cap[..], &["64M"]].concat(), 64 * MIB)
         }),
     ])
 }
