@@ -286,6 +286,7 @@ fn a_store_that_hangs_is_unknown(scene: &Scene) -> Result<()> {
     shared.here.set_for(Calls::Links, Mode::Unreachable)?;
     ensure_unknown(&store.claim(&next, PATIENCE))?;
     shared.here.set(Mode::Refusing(Errno::EIO))?;
+    wait::until_true("the call that hung is refused", LIMIT, || Ok(shared.here.held()? == 0))?;
     shared.here.set(Mode::Normal)?;
     ensure_answer(&store.claim(&next, LIMIT), &ClaimAnswer::Created)
 }

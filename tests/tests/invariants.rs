@@ -72,7 +72,7 @@ fn a_bit_changed_on_the_way_ends_the_move(scene: &Scene) -> Result<()> {
     let uri = destination.uri()?;
     let address = uri.strip_prefix("tcp://").context("not a TCP URI")?;
     let bad_wire = corrupting_relay(address.to_owned())?;
-    let ended = source.move_to(&format!("tcp://{bad_wire}"), &["--compress", "none"], LIMIT)?;
+    let ended = source.move_to(&format!("tcp://{bad_wire}"), &["--compress", "none", "--channels", "1"], LIMIT)?;
     ended.ensure_code(4)?.ensure_says(&["not what was sent"])?;
     source.ensure_guest_unharmed(&workload)?;
     // Over a good wire, to the same receiver.
