@@ -200,7 +200,7 @@ const RESTLESS: Workload = Workload {
     working_set: "64M",
     rate: "40000",
     order: "seq",
-    write: "word",
+    write: "page",
     contents: "random",
     seed: 3,
 };
