@@ -76,8 +76,10 @@ fn bounded(scene: &Scene, listen: &str, workload: &Workload, options: &[&str], c
     let (touched, guest) = (touched_bytes(pid, &memory)?, guest_bytes(pid, &memory)?);
     ensure!(guest > 300 * MIB && touched >= guest, "{guest} bytes of guest RAM are resident, {touched} touched");
 
-    let mut command =
-        source.start_move(&destination.uri()?, &[&["--switchover-bandwidth", "500Mbit"], options].concat())?;
+    let mut command = source.start_move(
+        &destination.uri()?,
+        &[&["--switchover-bandwidth", "500Mbit", "--downtime-limit", "50ms"], options].concat(),
+    )?;
     let mut sender = peak_bytes(pid)?;
     while command.is_running()? {
         sender = peak_bytes(pid).unwrap_or(sender);
