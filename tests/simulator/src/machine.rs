@@ -253,7 +253,7 @@ impl Machine {
             _ => (hardware.chance.below(PAGE_SIZE / 8) * 8, 8),
         };
         match length {
-            PAGE_SIZE if from == 0 && hardware.chance.hit(0.25) => page.fill(0),
+            PAGE_SIZE if from == 0 && hardware.chance.hit(0.5) => page.fill(0),
             8 => hardware.chance.fill(&mut page[from..from + 8]),
             _ => {}
         }

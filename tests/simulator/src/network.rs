@@ -205,13 +205,19 @@ impl Network {
         *kind == Kind::Control && next.is_none_or(|(_, piece)| piece.len() <= HEADER_BYTES)
     }
 
-    /// Breaks a connection. What is under way is lost; each end notices at once, or only when it has had no answer for long.
+    /// Breaks a connection. What is under way is lost, but for the beginning of it now and then; each end notices at once, or only when it has had no answer for long.
     pub fn cut(&mut self, id: ConnectionId, chance: &mut Chance, agenda: &mut Agenda<Event>) {
         let connection = &mut self.connections[id];
         if std::mem::replace(&mut connection.broken, true) {
             return;
         }
         for side in [0, 1] {
+            let stream = &mut connection.streams[side];
+            if let Some((_, piece)) = stream.under_way.front()
+                && chance.hit(0.5)
+            {
+                stream.arrived.extend_from_slice(&piece[..chance.below(piece.len())]);
+            }
             let notices = if chance.hit(0.15) { DEAD_PEER_LIMIT } else { chance.time(us(10), ms(300)) };
             agenda.after(notices, Event::Broken(id, side));
         }

@@ -7,7 +7,7 @@ use std::thread;
 
 use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive};
 use godwit_core::progress::Silent;
-use godwit_core::source::{OnStall, SourceMigration, SourceOptions, SourceOutcome};
+use godwit_core::source::{MemoryHandover, OnStall, SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{GuestMemory, Phase, SourceMachine};
 use godwit_transport::{Options, Uri, connect, listen};
 use godwit_vmm::config::{BalloonConfig, MachineConfig, MemoryBacking};
@@ -148,6 +148,7 @@ fn given_back_while_it_moves(memory_backing: MemoryBacking) {
         pause_before_switchover: true,
         hold_at: Some(Phase::Rounds),
         audit: true,
+        memory_handover: MemoryHandover::Off,
         ..SourceOptions::default()
     };
     let dial = connect(&uri, Options::default()).unwrap();
