@@ -296,6 +296,7 @@ impl KeeperHandle {
             state.incoming = None;
             state.arrived = arrived;
         }
+        self.0.incoming_settled.notify_all();
         if arrived {
             self.0.hub.publish("MIGRATION", json!({ "status": "completed" }));
             let _ = self.0.wake.send(Wake::MoveEnded);
@@ -314,6 +315,7 @@ impl KeeperHandle {
     /// The machine that was coming in is another's, by its claims: the process has nothing to keep.
     pub fn lost(&self, why: &str) {
         self.0.state().incoming = None;
+        self.0.incoming_settled.notify_all();
         self.0.hub.publish("MIGRATION", json!({ "status": "failed" }));
         let _ = self.0.wake.send(Wake::Lost(why.to_owned()));
     }
@@ -347,12 +349,14 @@ impl KeeperHandle {
         if let Some(incoming) = &mut self.0.state().incoming {
             incoming.decision = Some(text.to_owned());
         }
+        self.0.incoming_settled.notify_all();
         self.0.hub.publish("GODWIT_DECISION", json!({ "text": text }));
     }
 
     /// Nothing came of the machine that was coming in.
     pub fn incoming_failed(&self, why: &str) {
         self.0.state().incoming = None;
+        self.0.incoming_settled.notify_all();
         self.0.hub.publish("MIGRATION", json!({ "status": "failed" }));
         self.0.hub.publish("GODWIT_INCOMING_ENDED", json!({ "text": why }));
         let _ = self.0.wake.send(Wake::MoveEnded);

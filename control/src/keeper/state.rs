@@ -2,8 +2,8 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use godwit_core::ownership::Holding;
 use godwit_core::{HangUp, Phase};
@@ -13,6 +13,9 @@ use super::estimate::Estimating;
 use super::moves::Move;
 use crate::parameters::Settings;
 use crate::qmp::{Hub, QmpError};
+
+/// How long a command that needs the machine waits for one that has been handed over and is being taken up.
+const TAKE_UP_LIMIT: Duration = Duration::from_secs(1);
 
 /// What wakes the keeper's own thread.
 pub(super) enum Wake {
@@ -41,6 +44,8 @@ pub(super) struct Shared {
     /// Whether one runs. A move calls it off.
     pub(super) estimating: Estimating,
     state: Mutex<State>,
+    /// A machine that was coming in has been taken up, or has turned out not to be ours, or not yet.
+    pub(super) incoming_settled: Condvar,
 }
 
 pub(super) struct State {
@@ -100,6 +105,11 @@ impl Incoming {
         self.phase == Some(Phase::Commit) && self.decision.is_some()
     }
 
+    /// Whether it has been handed over, and will be this process's in a moment.
+    fn is_being_taken_up(&self) -> bool {
+        matches!(self.phase, Some(Phase::Commit | Phase::Completed)) && !self.is_in_doubt()
+    }
+
     /// Whose it is, as far as is known here.
     pub(super) fn standing(&self) -> String {
         let peer = &self.peer;
@@ -132,7 +142,14 @@ impl Shared {
             incoming: None,
             arrived: false,
         };
-        Shared { hub, wake, operation: Mutex::default(), estimating: Estimating::default(), state: Mutex::new(state) }
+        Shared {
+            hub,
+            wake,
+            operation: Mutex::default(),
+            estimating: Estimating::default(),
+            state: Mutex::new(state),
+            incoming_settled: Condvar::new(),
+        }
     }
 
     /// Never held across anything that takes long.
@@ -145,9 +162,13 @@ impl Shared {
         self.operation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The machine, to look at.
+    /// The machine, to look at. Whoever hears from the source that it has moved may ask before it has been taken up here.
     pub(super) fn machine(&self) -> Result<Machine, QmpError> {
-        let state = self.state();
+        let taken_up_soon = |state: &mut State| {
+            state.machine.is_none() && state.incoming.as_ref().is_some_and(Incoming::is_being_taken_up)
+        };
+        let waited = self.incoming_settled.wait_timeout_while(self.state(), TAKE_UP_LIMIT, taken_up_soon);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.machine.clone().ok_or_else(|| QmpError::generic(state.why_no_machine()))
     }
 
