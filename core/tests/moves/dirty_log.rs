@@ -78,8 +78,16 @@ fn invariant_4_lost_dirty_bits_are_found_by_the_audit() {
 
 fn audit_with(meddle: Meddle) -> String {
     let destination = Destination::start(DestinationOptions::default());
-    let machine = Arc::new(Meddling(running_machine(), meddle));
-    let outcome = SourceMigration::start(machine, destination.dial(), options(), Arc::new(Silent)).wait();
+    let machine = running_machine();
+    let meddling = Arc::new(Meddling(Arc::clone(&machine), meddle));
+    let options = SourceOptions { pause_before_switchover: true, ..options() };
+    let migration = SourceMigration::start(meddling, destination.dial(), options, Arc::new(Silent));
+    wait_for_phase(&migration, Phase::PreSwitchover);
+    // However quick the first pass was, the guest has written since.
+    let writes = machine.writes();
+    wait_until("the guest writes what has been sent", || machine.writes() > writes + 1000);
+    assert!(migration.proceed());
+    let outcome = migration.wait();
     let SourceOutcome::Moved(report) = &*outcome else { panic!("{outcome:?}") };
     report.audit.clone().unwrap_or_default()
 }
