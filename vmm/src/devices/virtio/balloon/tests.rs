@@ -236,8 +236,12 @@ fn a_closed_device_does_nothing_and_the_next_one_goes_on() {
     moved.memory.write_obj(SPARE_PAGE + 1, GuestAddress(SPARE + 4096)).unwrap();
     moved.balloon.resume();
     moved.kicks[2].write(1).unwrap();
-    moved.wait_used(2);
-    assert_eq!(moved.memory.read_obj::<u64>(GuestAddress(SPARE + 4096)).unwrap(), 0);
+    // Both devices have one memory here, in which the source has already said that the chain is used: only the page tells.
+    let until = Instant::now() + LIMIT;
+    while moved.memory.read_obj::<u64>(GuestAddress(SPARE + 4096)).unwrap() != 0 {
+        assert!(Instant::now() < until, "the destination gives the page back");
+        std::thread::sleep(Duration::from_micros(100));
+    }
 }
 
 #[test]
