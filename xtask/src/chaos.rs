@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::{deps, measure};
+use crate::{Build, deps, measure};
 
 /// What is asked for.
 #[derive(Args)]
@@ -33,7 +33,7 @@ pub(crate) struct Chaos {
 
 pub(crate) fn run(chaos: &Chaos) -> Result<ExitCode> {
     if chaos.list {
-        return measure("chaos", &["--list".into()], false);
+        return measure("chaos", Build::Dev, &["--list".into()], false);
     }
     if !Path::new("/dev/kvm").exists() || !Path::new("/dev/fuse").exists() {
         bail!("chaos moves real guests over storage that misbehaves: it needs /dev/kvm and /dev/fuse");
@@ -42,7 +42,7 @@ pub(crate) fn run(chaos: &Chaos) -> Result<ExitCode> {
         bail!("chaos needs root, for network namespaces and mounts: sudo env \"PATH=$PATH\" cargo xtask chaos");
     }
     deps::require(&["ip", "tc"])?;
-    measure("chaos", &chaos.arguments(), chaos.json)
+    measure("chaos", Build::Dev, &chaos.arguments(), chaos.json)
 }
 
 impl Chaos {

@@ -103,7 +103,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Audit => audit(),
         Command::VersusQemu { options } => {
             deps::require(&["qemu-system-x86_64", "ip", "tc"])?;
-            measure("versus-qemu", &options, false)
+            measure("versus-qemu", Build::Release, &options, false)
         }
     }
 }
@@ -119,7 +119,7 @@ fn demo(json: bool) -> Result<ExitCode> {
         bail!("the demo needs root, for network namespaces of its own: sudo env \"PATH=$PATH\" cargo xtask demo");
     }
     deps::require(&["ip"])?;
-    measure("demo", &[], json)
+    measure("demo", Build::Dev, &[], json)
 }
 
 fn audit() -> Result<ExitCode> {
@@ -127,11 +127,25 @@ fn audit() -> Result<ExitCode> {
     shell::exit_code(shell::cargo().args(["deny", "check", "advisories", "bans", "licenses", "sources"]))
 }
 
+/// How what is measured is built.
+#[derive(Clone, Copy)]
+pub(crate) enum Build {
+    /// As for tests: most of it is there already.
+    Dev,
+    /// As it is installed: what is compared with other programs is compared at its best.
+    Release,
+}
+
 /// Builds the binaries and runs the measuring program `name` of the test package beside them.
-fn measure(name: &str, arguments: &[String], json: bool) -> Result<ExitCode> {
-    shell::check(shell::cargo().args(["build", "--workspace", "--bins"]))?;
+fn measure(name: &str, build: Build, arguments: &[String], json: bool) -> Result<ExitCode> {
+    let profile = match build {
+        Build::Dev => "dev",
+        Build::Release => "release",
+    };
+    shell::check(shell::cargo().args(["build", "--workspace", "--bins", "--profile", profile]))?;
     let mut command = shell::cargo();
-    command.args(["run", "--quiet", "--package", "godwit-tests", "--bin", name, "--"]).args(arguments);
+    command.args(["run", "--quiet", "--package", "godwit-tests", "--profile", profile, "--bin", name, "--"]);
+    command.args(arguments);
     if json {
         command.arg("--json");
     }
