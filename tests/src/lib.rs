@@ -26,6 +26,7 @@
 
 pub mod chaos;
 pub mod clock;
+pub mod cloud_hypervisor;
 pub mod counters;
 pub mod footprint;
 pub mod fuse;

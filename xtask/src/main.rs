@@ -73,7 +73,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// Moves the same guests with Godwit and with QEMU at its best in turn, and shows both
+    /// Moves the same guests with Godwit and with QEMU (or Cloud Hypervisor) at its best in turn, and shows both
     VersusQemu {
         /// Options for the comparison
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -1,23 +1,35 @@
-//! `cargo xtask versus-qemu`: the same guests moved by Godwit and by QEMU in turn, with QEMU at its best.
+//! `cargo xtask versus-qemu`: the same guests moved by Godwit and by QEMU in turn, with QEMU at its best. Or by Cloud Hypervisor, where
+//! a person has it.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use clap::Parser;
-use godwit_tests::versus::settings::{self, Settings};
+use clap::{Parser, ValueEnum};
+use godwit_tests::cloud_hypervisor;
+use godwit_tests::versus::settings::{self, Mover};
 use godwit_tests::versus::{case, compare, limits, moving};
 use serde_json::json;
+
+/// Numbers of connections that Cloud Hypervisor is tried with.
+const CONNECTIONS: [u32; 2] = [1, 2];
 
 /// Moves the same guests with Godwit and with QEMU in turn.
 #[derive(Parser)]
 struct Arguments {
+    /// Who Godwit is compared with
+    #[arg(long, value_enum, default_value_t = Peer::Qemu)]
+    peer: Peer,
+    /// Cloud Hypervisor's program
+    #[arg(long, required_if_eq("peer", "cloud-hypervisor"))]
+    peer_binary: Option<PathBuf>,
     /// Pairs of moves in each case
     #[arg(long, default_value_t = 5)]
     pairs: u32,
     /// Only cases whose names contain this
     #[arg(long)]
     case: Option<String>,
-    /// Settings of QEMU to try, by name, instead of all
+    /// Settings of the other program to try, by name, instead of all
     #[arg(long, value_delimiter = ',')]
     settings: Vec<String>,
     /// Draw rates and sizes at random near each case's
@@ -29,6 +41,16 @@ struct Arguments {
     /// One JSON object as the last line of stdout
     #[arg(long)]
     json: bool,
+}
+
+/// A program to be compared with.
+#[derive(Clone, Copy, ValueEnum, strum::Display)]
+#[strum(serialize_all = "kebab-case")]
+enum Peer {
+    /// qemu-system-x86_64, from the distribution
+    Qemu,
+    /// Cloud Hypervisor: only cases without a cap, which it does not know
+    CloudHypervisor,
 }
 
 fn main() -> ExitCode {
@@ -45,13 +67,13 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut cases = case::all(arguments.seed);
     cases.retain(|case| arguments.case.as_ref().is_none_or(|part| case.name.contains(part.as_str())));
     let Some(first) = cases.first() else { bail!("no case has a name like that") };
-    let wanted = |settings: &&Settings| {
-        arguments.settings.is_empty() || arguments.settings.iter().any(|name| name == settings.name)
-    };
-    let candidates: Vec<&Settings> = settings::ALL.iter().filter(wanted).collect();
-    if candidates.len() < arguments.settings.len() {
-        bail!("QEMU's settings here are {}", settings::ALL.map(|settings| settings.name).join(", "));
+    let all = movers(arguments)?;
+    let names: Vec<String> = all.iter().map(Mover::settings).collect();
+    if let Some(name) = arguments.settings.iter().find(|name| !names.contains(name)) {
+        bail!("{} has no settings {name} here; there are {}", arguments.peer, names.join(", "));
     }
+    let mut candidates = all;
+    candidates.retain(|mover| arguments.settings.is_empty() || arguments.settings.contains(&mover.settings()));
     let guest_sha256 = moving::guest_sha256(first)?;
     eprintln!("what this machine allows …");
     let limits = limits::measure()?;
@@ -66,6 +88,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut compared = Vec::new();
     for case in cases {
         eprintln!("\n{}: {}", case.name, case.workload.arguments().join(" "));
+        if !candidates.iter().all(|mover| mover.can(&case)) {
+            eprintln!("  left out: {} cannot keep to a cap", arguments.peer);
+            continue;
+        }
         compared.push(compare::compare(
             case,
             &candidates,
@@ -84,11 +110,24 @@ fn run(arguments: &Arguments) -> Result<()> {
             },
         )?);
     }
-    eprintln!("\n{}", compare::Compared::header());
+    let peer = arguments.peer.to_string();
+    eprintln!("\n{}", compare::Compared::header(&peer));
     compared.iter().for_each(|compared| eprintln!("{}", compared.line(&limits)));
     if arguments.json {
-        let cases: Vec<_> = compared.iter().map(|compared| compared.json(&limits)).collect();
+        let cases: Vec<_> = compared.iter().map(|compared| compared.json(&limits, &peer)).collect();
         println!("{}", json!({ "cases": cases, "limits": limits, "guest_sha256": guest_sha256 }));
     }
     Ok(())
+}
+
+/// All that is tried of the other program.
+fn movers(arguments: &Arguments) -> Result<Vec<Mover>> {
+    Ok(match (arguments.peer, &arguments.peer_binary) {
+        (Peer::CloudHypervisor, Some(binary)) => {
+            cloud_hypervisor::check_binary(binary)?;
+            let with = |connections| Mover::CloudHypervisor { binary: binary.clone(), connections };
+            CONNECTIONS.map(with).to_vec()
+        }
+        _ => settings::ALL.iter().map(Mover::Qemu).collect(),
+    })
 }

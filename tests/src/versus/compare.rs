@@ -1,61 +1,62 @@
-//! One case: QEMU's best settings are found by a small tournament, then both move in turn.
+//! One case: the other program's best settings are found by a small tournament, then both move in turn.
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::case::{Case, LINK_BYTES_PER_S, Link};
 use super::limits::Limits;
-use super::moving::{Moved, by_godwit, by_qemu};
-use super::settings::Settings;
+use super::moving::{Moved, by_godwit, by_other};
+use super::settings::Mover;
 
-/// Moves of each setting in the tournament. The best counts, to QEMU's favour.
+/// Moves of each setting in the tournament. The best counts, to the other program's favour.
 const TRIES: usize = 2;
 
 /// A case, compared.
 pub struct Compared {
     case: Case,
-    winner: &'static str,
-    tried: Vec<(&'static str, Moved)>,
+    winner: String,
+    tried: Vec<(String, Moved)>,
     godwit: Vec<Moved>,
-    qemu: Vec<Moved>,
+    other: Vec<Moved>,
 }
 
-/// Finds the best of QEMU's `candidates` for the case, then moves by Godwit and by QEMU in turn. `say` is told each move.
+/// Finds the best of `candidates` for the case, then moves by Godwit and by the winner in turn. `say` is told each move.
 pub fn compare(
     case: Case,
-    candidates: &[&'static Settings],
+    candidates: &[Mover],
     pairs: u32,
     downtime_limit_ms: u64,
     mut say: impl FnMut(&str, &Moved),
 ) -> Result<Compared> {
-    let mut tried: Vec<(&'static Settings, Moved)> = Vec::new();
-    for &settings in candidates {
-        let mut best = by_qemu(&case, settings, downtime_limit_ms)?;
-        say(settings.name, &best);
+    let mut tried: Vec<(&Mover, Moved)> = Vec::new();
+    for mover in candidates {
+        let settings = mover.settings();
+        let mut best = by_other(&case, mover, downtime_limit_ms)?;
+        say(&settings, &best);
         for _ in 1..TRIES {
             // What was cut once is cut again.
             if best.cut.is_some() {
                 break;
             }
-            let again = by_qemu(&case, settings, downtime_limit_ms)?;
-            say(settings.name, &again);
+            let again = by_other(&case, mover, downtime_limit_ms)?;
+            say(&settings, &again);
             best = if again.total_ms < best.total_ms { again } else { best };
         }
-        tried.push((settings, best));
+        tried.push((mover, best));
     }
     let winner = tried.iter().min_by(|(_, one), (_, other)| one.total_ms.total_cmp(&other.total_ms));
-    let winner = winner.map(|(settings, _)| *settings).context("QEMU has no settings to try")?;
-    let (mut godwit, mut qemu) = (Vec::new(), Vec::new());
+    let winner = winner.map(|(mover, _)| *mover).context("there is nobody to compare with")?;
+    let (mut godwit, mut other) = (Vec::new(), Vec::new());
     for _ in 0..pairs {
         let moved = by_godwit(&case, downtime_limit_ms)?;
         say("godwit", &moved);
         godwit.push(moved);
-        let moved = by_qemu(&case, winner, downtime_limit_ms)?;
-        say("qemu", &moved);
-        qemu.push(moved);
+        let moved = by_other(&case, winner, downtime_limit_ms)?;
+        say(&winner.settings(), &moved);
+        other.push(moved);
     }
-    let tried = tried.into_iter().map(|(settings, moved)| (settings.name, moved)).collect();
-    Ok(Compared { case, winner: winner.name, tried, godwit, qemu })
+    let tried = tried.into_iter().map(|(mover, moved)| (mover.settings(), moved)).collect();
+    Ok(Compared { case, winner: winner.settings(), tried, godwit, other })
 }
 
 impl Compared {
@@ -68,10 +69,10 @@ impl Compared {
         (self.case.contents_pages * 4096) as f64 / bytes_per_s * 1e3
     }
 
-    /// As `versus-qemu --json` shows it. Ratios are of medians, Godwit's over QEMU's.
-    pub fn json(&self, limits: &Limits) -> Value {
-        let (godwit, qemu) = (Medians::of(&self.godwit), Medians::of(&self.qemu));
-        let mut theirs = qemu.json();
+    /// As `versus-qemu --json` shows it; `peer` is the other program's name. Ratios are of medians, Godwit's over the other's.
+    pub fn json(&self, limits: &Limits, peer: &str) -> Value {
+        let (godwit, other) = (Medians::of(&self.godwit), Medians::of(&self.other));
+        let mut theirs = other.json();
         theirs["settings"] = json!(self.winner);
         let tried = self.tried.iter().map(|(name, moved)| {
             let mut row = Medians::of(std::slice::from_ref(moved)).json();
@@ -81,39 +82,40 @@ impl Compared {
         });
         json!({
             "case": self.case.name,
-            "ratio_total": ratio(godwit.total_ms, qemu.total_ms),
-            "ratio_gap": ratio(godwit.gap_ms, qemu.gap_ms),
-            "ratio_bytes": ratio(godwit.wire_bytes, qemu.wire_bytes),
+            "ratio_total": ratio(godwit.total_ms, other.total_ms),
+            "ratio_gap": ratio(godwit.gap_ms, other.gap_ms),
+            "ratio_bytes": ratio(godwit.wire_bytes, other.wire_bytes),
             "floor_total_ms": self.floor_total_ms(limits),
             "godwit": godwit.json(),
-            "qemu": theirs,
+            peer: theirs,
             "tried": tried.collect::<Vec<_>>(),
         })
     }
 
     /// A line for people.
     pub fn line(&self, limits: &Limits) -> String {
-        let (godwit, qemu) = (Medians::of(&self.godwit), Medians::of(&self.qemu));
+        let (godwit, other) = (Medians::of(&self.godwit), Medians::of(&self.other));
         let shown = |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
         format!(
             "{:<18} {:>8} {:>8} {:>6} | {:>7} {:>7} {:>6} | {:>7} {:>7} {:>6} | {:>8.0}  {}",
             self.case.name,
             shown(godwit.total_ms, 0),
-            shown(qemu.total_ms, 0),
-            shown(ratio(godwit.total_ms, qemu.total_ms), 2),
+            shown(other.total_ms, 0),
+            shown(ratio(godwit.total_ms, other.total_ms), 2),
             shown(godwit.gap_ms, 1),
-            shown(qemu.gap_ms, 1),
-            shown(ratio(godwit.gap_ms, qemu.gap_ms), 2),
+            shown(other.gap_ms, 1),
+            shown(ratio(godwit.gap_ms, other.gap_ms), 2),
             shown(godwit.wire_bytes.map(|bytes| bytes / 1e6), 0),
-            shown(qemu.wire_bytes.map(|bytes| bytes / 1e6), 0),
-            shown(ratio(godwit.wire_bytes, qemu.wire_bytes), 2),
+            shown(other.wire_bytes.map(|bytes| bytes / 1e6), 0),
+            shown(ratio(godwit.wire_bytes, other.wire_bytes), 2),
             self.floor_total_ms(limits),
             self.winner,
         )
     }
 
     /// What stands above [`Compared::line`]s.
-    pub fn header() -> String {
+    pub fn header(peer: &str) -> String {
+        let (godwit, other) = ("godwit", &peer[..peer.len().min(7)]);
         format!(
             "{:<18} {:>24} | {:>22} | {:>22} | {:>8}\n{:<18} {:>8} {:>8} {:>6} | {:>7} {:>7} {:>6} | {:>7} {:>7} {:>6} | {:>8}  {}",
             "",
@@ -122,17 +124,17 @@ impl Compared {
             "MB on the wire",
             "floor",
             "case",
-            "godwit",
-            "qemu",
+            godwit,
+            other,
             "ratio",
-            "godwit",
-            "qemu",
+            godwit,
+            other,
             "ratio",
-            "godwit",
-            "qemu",
+            godwit,
+            other,
             "ratio",
             "ms",
-            "qemu's settings"
+            format!("{peer}'s settings")
         )
     }
 }

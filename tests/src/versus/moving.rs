@@ -1,20 +1,23 @@
-//! One move by Godwit or by QEMU, in network namespaces, seen from outside by the same means.
+//! One move by Godwit or by another program, in network namespaces, seen from outside by the same means.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_vmm::config::MemoryBacking;
 use godwit_vmm::guest_memory;
+use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::case::{Case, LINK_BYTES_PER_S, LINK_MEGABITS_PER_S, Link};
-use super::settings::Settings;
+use super::settings::{Mover, Settings};
 use super::watch::Watch;
+use crate::cloud_hypervisor::CloudHypervisor;
 use crate::godwit::Node;
 use crate::harness::{Scene, binary};
-use crate::measure::{Measured, NotCompleted, measure, measure_qemu};
+use crate::measure::{NotCompleted, measure, measure_cloud_hypervisor, measure_qemu};
 use crate::netns::Hosts;
 use crate::qemu::{Place, Qemu};
 use crate::sampler::Target;
@@ -26,8 +29,8 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest may take to fill its memory and write its working set.
 const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 
-/// Where QEMU listens at the destination.
-const QEMU_PORT: u16 = 4444;
+/// Where other programs listen at the destination.
+const PORT: u16 = 4444;
 
 /// A move, seen from outside.
 #[derive(Debug, Clone)]
@@ -62,6 +65,7 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     provide_memory(case)?;
     let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), destination.process.pid()])?;
     let measured = measure(&source, &destination, target, None, &options, LIMIT, |_| ());
+    let measured = measured.map(|measured| (measured.total_ms, measured.gap.gap_ms));
     let moved = Moved::new(measured, watch).with_context(|| scene.logs())?;
     if moved.cut.is_none() {
         destination.ensure_guest_whole(&case.workload)?;
@@ -69,12 +73,21 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     Ok(moved)
 }
 
-/// Moves the same guest with QEMU.
-pub fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<Moved> {
+/// Moves the same guest with another program.
+pub fn by_other(case: &Case, mover: &Mover, downtime_limit_ms: u64) -> Result<Moved> {
+    match mover {
+        Mover::Qemu(settings) => by_qemu(case, settings, downtime_limit_ms),
+        Mover::CloudHypervisor { binary, connections } => {
+            by_cloud_hypervisor(case, binary, *connections, downtime_limit_ms)
+        }
+    }
+}
+
+fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<Moved> {
     let (scene, hosts) = (Scene::new()?, hosts(case)?);
     let image = scene.path().join("workload.elf");
     export(case, &image)?;
-    let uri = format!("tcp:{}:{QEMU_PORT}", hosts.address(1, 0));
+    let uri = format!("tcp:{}:{PORT}", hosts.address(1, 0));
     let memory = case.workload.memory;
     let place = |host| Place { directory: scene.path(), namespace: Some(hosts.host(host)) };
     let source = Qemu::start("source", place(0), &image, memory, false)?;
@@ -87,19 +100,45 @@ pub fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Resu
     }
     destination.listen(&uri)?;
     let pid = source.process.pid();
-    let header = wait::until("QEMU's guest", SETTLE_LIMIT, || Ok(workload::find_header(pid)))?;
+    let target = settled(case, pid)?;
+    let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
+    let measured = measure_qemu(&source, &destination, target, &uri, LIMIT);
+    let measured = measured.map(|measured| (measured.total_ms, measured.gap.gap_ms));
+    Moved::new(measured, watch).with_context(|| scene.logs())
+}
+
+fn by_cloud_hypervisor(case: &Case, binary: &Path, connections: u32, downtime_limit_ms: u64) -> Result<Moved> {
+    let (scene, hosts) = (Scene::new()?, hosts(case)?);
+    let image = scene.path().join("workload.elf");
+    export(case, &image)?;
+    let place = |host| Place { directory: scene.path(), namespace: Some(hosts.host(host)) };
+    let machine = Some((&*image, case.workload.memory));
+    let source = CloudHypervisor::start(binary, "source", place(0), machine)?;
+    let mut destination = CloudHypervisor::start(binary, "destination", place(1), None)?;
+    let _listening = destination.listen(PORT)?;
+    let (pid, to) = (source.process.pid(), format!("{}:{PORT}", hosts.address(1, 0)));
+    let target = settled(case, pid)?;
+    let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
+    let send = || source.send(&to, connections, downtime_limit_ms);
+    let measured = measure_cloud_hypervisor(&source, &destination, target, send, LIMIT);
+    Moved::new(measured.map(|(total_ms, gap)| (total_ms, gap.gap_ms)), watch).with_context(|| scene.logs())
+}
+
+/// The guest of another program, found by its memory, once it can be moved.
+fn settled(case: &Case, pid: Pid) -> Result<Target> {
+    let header = wait::until("the guest", SETTLE_LIMIT, || Ok(workload::find_header(pid)))?;
     let target = workload::heartbeats(pid, header, case.workload.vcpus);
     settle(case, target)?;
     provide_memory(case)?;
-    let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
-    Moved::new(measure_qemu(&source, &destination, target, &uri, LIMIT), watch).with_context(|| scene.logs())
+    Ok(target)
 }
 
 impl Moved {
-    fn new(measured: Result<Measured>, watch: Watch) -> Result<Self> {
+    /// `measured`: total and gap in ms.
+    fn new(measured: Result<(f64, f64)>, watch: Watch) -> Result<Self> {
         let cost = watch.finish()?;
         let (total_ms, gap_ms, cut) = match measured {
-            Ok(measured) => (measured.total_ms, Some(measured.gap.gap_ms), None),
+            Ok((total_ms, gap_ms)) => (total_ms, Some(gap_ms), None),
             Err(error) => match error.downcast_ref::<NotCompleted>() {
                 Some(why) => (LIMIT.as_secs_f64() * 1e3, None, Some(why.to_string())),
                 None => return Err(error),
@@ -127,8 +166,8 @@ fn hosts(case: &Case) -> Result<Hosts> {
     Ok(hosts)
 }
 
-/// The guest as a file for QEMU.
-fn export(case: &Case, image: &std::path::Path) -> Result<()> {
+/// The guest as a file for other programs.
+fn export(case: &Case, image: &Path) -> Result<()> {
     let mut command = Command::new(binary("godwit-sender")?);
     command.arg("run").args(case.workload.arguments()).arg("--export-elf").arg(image);
     let output = command.output().context("cannot run godwit-sender")?;

@@ -1,6 +1,43 @@
-//! What QEMU is given. Each of these is somebody's advice for some guest: which is best is found out for each case.
+//! The programs that Godwit is compared with, and what they are given. Each setting is somebody's advice for some guest: which is
+//! best is found out for each case.
+
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
+
+use super::case::{Case, Link};
+
+/// A program that moves machines, with settings.
+#[derive(Debug, Clone)]
+pub enum Mover {
+    /// QEMU.
+    Qemu(&'static Settings),
+    /// Cloud Hypervisor, with so many connections.
+    CloudHypervisor {
+        /// The program, which no distribution has.
+        binary: PathBuf,
+        /// TCP connections.
+        connections: u32,
+    },
+}
+
+impl Mover {
+    /// Its settings, for people and scripts.
+    pub fn settings(&self) -> String {
+        match self {
+            Self::Qemu(settings) => settings.name.to_owned(),
+            Self::CloudHypervisor { connections, .. } => format!("connections-{connections}"),
+        }
+    }
+
+    /// Whether it can keep to what the case asks for. Cloud Hypervisor knows no cap.
+    pub fn can(&self, case: &Case) -> bool {
+        match self {
+            Self::Qemu(_) => true,
+            Self::CloudHypervisor { .. } => case.link != Link::Capped,
+        }
+    }
+}
 
 /// Room for every working set here, which QEMU's default (64 MiB) is not.
 const XBZRLE_CACHE_BYTES: u64 = 512 << 20;
