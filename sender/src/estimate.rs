@@ -96,10 +96,10 @@ fn measured_text(measured: &Measured) -> String {
         .collect();
     lines.push(format!("dirtied: {}", windows.join(", ")));
     lines.push(format!(
-        "of pages written again {} differ little, {} not at all; counts over {} series differ by {}",
+        "of pages written again {} differ little, {} not at all; counts over {} intervals differ by {}",
         percent(measured.delta_share),
         percent(measured.same_share),
-        measured.series,
+        measured.intervals,
         percent(measured.spread),
     ));
     if measured.sampled_share < 1.0 {

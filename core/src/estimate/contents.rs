@@ -10,7 +10,7 @@ use crate::encoder::{ChannelEncoder, ZstdLevel};
 use crate::layout::{StripeBits, set_bits};
 use crate::memory::PAGE_SIZE;
 use crate::pending::Pending;
-use crate::predict::{Encoded, PageCost};
+use crate::predict::{Contents, Encoded, PageCost};
 use crate::source::{AUTO_LEVEL, Compression};
 use crate::table::Page;
 use crate::touched::TouchedPages;
@@ -138,18 +138,21 @@ impl RewrittenContents {
         }
     }
 
-    /// What a page costs that is sent again; `dirty_pages` compete for the delta cache. Without any that were rewritten: as the first
-    /// time.
-    pub(super) fn cost(&self, first: &FirstContents, dirty_pages: f64) -> Encoded {
+    /// What pages cost; `dirty_pages` compete for the delta cache. Without any that were rewritten: as the first time.
+    pub(super) fn costs(&self, first: &FirstContents, dirty_pages: f64) -> Contents {
         let auto = self.auto && !self.with_bases;
-        let Some(mut encoded) = cost(&self.plain, &self.slow, auto) else { return first.cost };
+        let Some(mut again) = cost(&self.plain, &self.slow, auto) else { return Contents::always(first.cost) };
+        let mut in_pause = Encoded::always(again.plain);
         if self.with_bases {
             // A page that has lost its place in the cache is sent as the first time.
             let hit = (self.delta_cache_bytes as f64 / (dirty_pages * PAGE_SIZE as f64).max(1.0)).min(1.0);
-            let (hits, others) = (encoded.slow.wire_bytes, first.cost.slow.wire_bytes);
-            encoded.slow.wire_bytes = hit * hits + (1.0 - hit) * others;
+            let mixed = |hits: f64, others: f64| hit * hits + (1.0 - hit) * others;
+            again.slow.wire_bytes = mixed(again.slow.wire_bytes, first.cost.slow.wire_bytes);
+            if let Some(differences) = self.differences.cost() {
+                in_pause.slow.wire_bytes = mixed(differences.wire_bytes, again.plain.wire_bytes);
+            }
         }
-        encoded
+        Contents { first: first.cost, again, in_pause }
     }
 
     /// Of rewritten pages, those whose differences are short.

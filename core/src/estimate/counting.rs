@@ -1,14 +1,14 @@
-//! Counts dirty pages over windows of several lengths: one clear, then looks at the log that clear nothing.
+//! Watches the dirty log: intervals, one after the other, in each of which the log is looked at several times.
 //!
-//! Of large memories only a sample is cleared and counted: one stripe, drawn at random, of each of so many equal parts. A page that is not
-//! cleared is not protected either, so the guest is not slowed down for it.
+//! At the end of an interval just those bits are cleared that it has found: nothing that is written meanwhile is lost. Of large memories
+//! only a sample is cleared and counted: one stripe, drawn at random, of each of so many equal parts. A page that is not cleared is not
+//! protected either, so the guest is not slowed down for it.
 
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::EstimateError;
-use crate::layout::STRIPE_WORDS;
+use super::windows::{Interval, WITHIN_MS, WindowCount, Windows};
+use crate::layout::{STRIPE_WORDS, StripeBits};
 use crate::machine::{MachineError, SourceMachine};
 use crate::pending::{Harvester, Pending, forget_vmm_writes};
 use crate::predict::{Dirtying, Zone};
@@ -16,48 +16,37 @@ use crate::random;
 use crate::touched::TouchedPages;
 use crate::view::MemoryView;
 
-/// The windows of a series.
-const WINDOWS_MS: [u64; 9] = [10, 20, 50, 100, 200, 500, 1000, 2000, 4000];
-/// Counts over shorter windows say little about the spread: they are small numbers.
-const TELLING_WINDOW_MS: u64 = 100;
 /// More stripes than these (16 GiB) are sampled.
 const MOST_STRIPES: usize = 8192;
 /// Parts of memory with a curve of their own.
 const ZONES: usize = 32;
-
-/// U(t) at one window, over all memory.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct WindowCount {
-    /// How long it was.
-    pub window_ms: f64,
-    /// Different pages dirtied in it, on average,
-    pub pages: f64,
-    /// at least,
-    pub low: f64,
-    /// and at most.
-    pub high: f64,
-}
 
 /// What has been counted.
 pub(super) struct Counts {
     pub(super) zones: Vec<Zone>,
     pub(super) windows: Vec<WindowCount>,
     pub(super) spread: f64,
-    pub(super) series: u32,
+    pub(super) intervals: u32,
     pub(super) harvest: Duration,
     pub(super) sampled_share: f64,
 }
 
-/// Runs series while the dirty log is on; it is off again once this is gone.
+/// Runs intervals while the dirty log is on; it is off again once this is gone.
 pub(super) struct Counter<'m> {
     machine: &'m dyn SourceMachine,
     view: &'m MemoryView,
+    began: Instant,
     /// Stripes that are looked at, in order.
     sample: Vec<usize>,
-    pending: Pending,
+    /// Dirtied in the interval that is under way, or was last.
+    dirty: Pending,
+    /// Dirtied since [`Counter::forget`].
+    since: Pending,
     harvester: Harvester,
-    /// For each window of each series: how long ago each zone had been cleared, and the pages dirty in it.
-    taken: Vec<Vec<Vec<(f64, f64)>>>,
+    /// When each zone was last cleared.
+    cleared: Vec<Duration>,
+    windows: Windows,
+    intervals: u32,
     harvest: Duration,
 }
 
@@ -72,18 +61,28 @@ impl Drop for Counter<'_> {
 impl<'m> Counter<'m> {
     pub(super) fn start(machine: &'m dyn SourceMachine, view: &'m MemoryView) -> Result<Self, MachineError> {
         let layout = view.layout();
+        let sample = sample(layout.stripes(), MOST_STRIPES);
+        let zone_of = sample.iter().map(|stripe| zone_of(*stripe, layout.stripes())).collect();
         let mut counter = Self {
             machine,
             view,
-            sample: sample(layout.stripes(), MOST_STRIPES),
-            pending: Pending::new(layout),
+            began: Instant::now(),
+            sample,
+            dirty: Pending::new(layout),
+            since: Pending::new(layout),
             harvester: Harvester::new(layout),
-            taken: Vec::new(),
+            cleared: vec![Duration::ZERO; ZONES],
+            windows: Windows::new(Duration::ZERO, Vec::new(), ZONES),
+            intervals: 0,
             harvest: Duration::MAX,
         };
         // From here on it is stopped again, whatever happens.
         machine.dirty_log().start()?;
         counter.harvest = counter.look()?;
+        counter.windows = Windows::new(counter.harvest, zone_of, ZONES);
+        forget_vmm_writes(view.memory());
+        let all = counter.sample.iter().map(|index| layout.stripe(*index).all()).collect::<Vec<_>>();
+        counter.clear(&all)?;
         Ok(counter)
     }
 
@@ -92,48 +91,65 @@ impl<'m> Counter<'m> {
         &self.sample
     }
 
-    /// What was dirty when the last series ended.
-    pub(super) fn pending(&self) -> &Pending {
-        &self.pending
+    /// Dirtied in the last interval.
+    pub(super) fn dirty(&self) -> &Pending {
+        &self.dirty
     }
 
-    /// Series so far.
-    pub(super) fn series(&self) -> u32 {
-        self.taken.len() as u32
+    /// Dirtied since [`Counter::forget`].
+    pub(super) fn dirty_since(&self) -> &Pending {
+        &self.since
     }
 
-    /// One clear, and a look after each window that ends in time (after the first few in any case).
-    pub(super) fn run_series(&mut self, until: Instant, wait: &dyn Fn(Duration) -> bool) -> Result<(), EstimateError> {
-        let cleared = self.clear()?;
-        let began = cleared.last().copied().unwrap_or_else(Instant::now);
-        let mut series = Vec::new();
-        for (index, window_ms) in WINDOWS_MS.iter().enumerate() {
-            let due = began + Duration::from_millis(*window_ms);
-            if due > until && index > 2 {
-                break;
-            }
-            if !wait(due.saturating_duration_since(Instant::now())) {
+    /// Begins [`Counter::dirty_since`] anew.
+    pub(super) fn forget(&self) {
+        for &index in &self.sample {
+            self.since.take(index);
+        }
+    }
+
+    /// Intervals so far.
+    pub(super) fn intervals(&self) -> u32 {
+        self.intervals
+    }
+
+    /// An interval: looks at the log that clear nothing, and at the end one that does.
+    pub(super) fn run_interval(&mut self, wait: &dyn Fn(Duration) -> bool) -> Result<(), EstimateError> {
+        // What was dirty in the interval before was kept until now.
+        self.take_dirty();
+        let began = self.cleared.last().copied().unwrap_or_default();
+        let interval_ms = self.windows.interval_ms();
+        for window_ms in WITHIN_MS.into_iter().chain([interval_ms]) {
+            let due = began + Duration::from_millis(window_ms);
+            if !wait(due.saturating_sub(self.began.elapsed())) {
                 return Err(EstimateError::CalledOff);
             }
-            let looked = Instant::now();
+            let ended = self.began.elapsed();
             self.harvest = self.harvest.min(self.look()?);
-            let counts = self.count();
-            series.push(
-                cleared.iter().zip(counts).map(|(cleared, pages)| ((looked - *cleared).as_secs_f64(), pages)).collect(),
-            );
+            let dirty = self.sample.iter().map(|index| self.dirty.get(*index)).collect();
+            let interval = Interval { cleared: self.cleared.clone(), ended, dirty };
+            if window_ms < interval_ms {
+                self.windows.look(window_ms, &interval);
+                continue;
+            }
+            self.clear(&interval.dirty)?;
+            for (index, bits) in self.sample.iter().zip(&interval.dirty) {
+                self.since.merge(*index, bits);
+            }
+            self.windows.ended(interval);
         }
-        self.taken.push(series);
+        self.intervals += 1;
         Ok(())
     }
 
     /// Everything that was counted, as curves.
-    pub(super) fn finish(self, touched: &dyn TouchedPages) -> Result<Counts, MachineError> {
+    pub(super) fn finish(self, touched: &dyn TouchedPages) -> Counts {
         let layout = self.view.layout();
         let mut touched_pages = vec![0.0; ZONES];
         let mut pages = vec![0.0; ZONES];
         for &index in &self.sample {
             let stripe = layout.stripe(index);
-            let zone = self.zone_of(index);
+            let zone = zone_of(index, layout.stripes());
             touched_pages[zone] += touched.of(&stripe).iter().map(|word| f64::from(word.count_ones())).sum::<f64>();
             pages[zone] += stripe.pages as f64;
         }
@@ -141,105 +157,49 @@ impl<'m> Counter<'m> {
         let scale = layout.pages() as f64 / all.max(1.0);
         let zones = (0..ZONES).map(|zone| Zone {
             touched_pages: touched_pages[zone] * scale,
-            dirtying: Dirtying::measured(&self.curve(zone, scale), pages[zone] * scale),
+            dirtying: Dirtying::measured(&self.windows.curve(zone, scale), pages[zone] * scale),
         });
-        Ok(Counts {
+        Counts {
             zones: zones.collect(),
-            windows: self.windows(scale),
-            spread: self.spread(),
-            series: self.series(),
+            windows: self.windows.counts(scale),
+            spread: self.windows.spread(),
+            intervals: self.intervals,
             harvest: self.harvest,
             sampled_share: 1.0 / scale,
-        })
+        }
     }
 
-    /// Clears the log of the sample and forgets what was counted. Returns when each zone had been cleared.
-    fn clear(&mut self) -> Result<Vec<Instant>, MachineError> {
+    /// Clears these bits of the sample in the log.
+    fn clear(&mut self, dirty: &[StripeBits]) -> Result<(), MachineError> {
         let layout = self.view.layout();
-        let mut cleared = vec![Instant::now(); ZONES];
-        forget_vmm_writes(self.view.memory());
-        for &index in &self.sample {
-            let stripe = layout.stripe(index);
-            let words = stripe.pages.div_ceil(64).min(STRIPE_WORDS);
-            self.machine.dirty_log().clear(stripe.region, stripe.first_page, &stripe.all()[..words])?;
-            cleared[self.zone_of(index)] = Instant::now();
+        for (&index, bits) in self.sample.iter().zip(dirty) {
+            if *bits != StripeBits::default() {
+                let stripe = layout.stripe(index);
+                let words = stripe.pages.div_ceil(64).min(STRIPE_WORDS);
+                self.machine.dirty_log().clear(stripe.region, stripe.first_page, &bits[..words])?;
+            }
+            self.cleared[zone_of(index, layout.stripes())] = self.began.elapsed();
         }
-        for index in 0..layout.stripes() {
-            self.pending.take(index);
-        }
-        Ok(cleared)
+        Ok(())
     }
 
     /// Takes in what has become dirty; how long that took.
     fn look(&mut self) -> Result<Duration, MachineError> {
         let began = Instant::now();
         let (log, memory) = (self.machine.dirty_log(), self.view.memory());
-        self.harvester.harvest(self.view.layout(), log, memory, &self.pending)?;
+        self.harvester.harvest(self.view.layout(), log, memory, &self.dirty)?;
         Ok(began.elapsed())
     }
 
-    fn count(&self) -> Vec<f64> {
-        let mut pages = vec![0.0; ZONES];
-        for &index in &self.sample {
-            pages[self.zone_of(index)] +=
-                self.pending.get(index).iter().map(|word| f64::from(word.count_ones())).sum::<f64>();
-        }
-        pages
-    }
-
-    fn zone_of(&self, stripe: usize) -> usize {
-        stripe * ZONES / self.view.layout().stripes().max(1)
-    }
-
-    /// A zone's counts at each window, averaged over the series that have it.
-    fn curve(&self, zone: usize, scale: f64) -> Vec<(Duration, f64)> {
-        let at = |index: usize| {
-            let all: Vec<(f64, f64)> =
-                self.taken.iter().filter_map(|series| series.get(index)).map(|zones| zones[zone]).collect();
-            let mean = |value: fn(&(f64, f64)) -> f64| all.iter().map(value).sum::<f64>() / all.len() as f64;
-            (!all.is_empty()).then(|| (Duration::from_secs_f64(mean(|taken| taken.0)), mean(|taken| taken.1) * scale))
-        };
-        (0..WINDOWS_MS.len()).filter_map(at).collect()
-    }
-
-    /// The counts over all memory at a window, one for each series that has it.
-    fn totals(&self, index: usize) -> Vec<f64> {
-        let total = |zones: &Vec<(f64, f64)>| zones.iter().map(|taken| taken.1).sum();
-        self.taken.iter().filter_map(|series| series.get(index)).map(total).collect()
-    }
-
-    fn windows(&self, scale: f64) -> Vec<WindowCount> {
-        let at = |(index, window_ms): (usize, &u64)| {
-            let totals: Vec<f64> = self.totals(index).iter().map(|pages| pages * scale).collect();
-            (!totals.is_empty()).then(|| WindowCount {
-                window_ms: *window_ms as f64,
-                pages: totals.iter().sum::<f64>() / totals.len() as f64,
-                low: totals.iter().copied().fold(f64::MAX, f64::min),
-                high: totals.iter().copied().fold(0.0, f64::max),
-            })
-        };
-        WINDOWS_MS.iter().enumerate().filter_map(at).collect()
-    }
-
-    /// Standard deviation over mean of the counts at a window, on average over the windows.
-    fn spread(&self) -> f64 {
-        let telling = WINDOWS_MS.iter().enumerate().filter(|(_, window_ms)| **window_ms >= TELLING_WINDOW_MS);
-        let shares: Vec<f64> = telling.filter_map(|(index, _)| deviation(&self.totals(index))).collect();
-        match shares.is_empty() {
-            true => 0.0,
-            false => shares.iter().sum::<f64>() / shares.len() as f64,
+    fn take_dirty(&self) {
+        for index in 0..self.view.layout().stripes() {
+            self.dirty.take(index);
         }
     }
 }
 
-/// `None` of fewer than two, or where nothing was counted.
-fn deviation(counts: &[f64]) -> Option<f64> {
-    let mean = counts.iter().sum::<f64>() / counts.len() as f64;
-    if counts.len() < 2 || mean <= 0.0 {
-        return None;
-    }
-    let squares: f64 = counts.iter().map(|count| (count - mean).powi(2)).sum();
-    Some((squares / (counts.len() - 1) as f64).sqrt() / mean)
+fn zone_of(stripe: usize, stripes: usize) -> usize {
+    stripe * ZONES / stripes.max(1)
 }
 
 /// All stripes, or one at random out of each of `most` equal parts.
@@ -270,12 +230,5 @@ mod tests {
             let part = stripes.div_ceil(most);
             prop_assert!(sample[0] < part && stripes - sample[sample.len() - 1] <= part + 1);
         }
-    }
-
-    #[test]
-    fn deviation_is_a_share_of_the_mean() {
-        assert_eq!(deviation(&[100.0]), None);
-        assert_eq!(deviation(&[0.0, 0.0]), None);
-        assert!((deviation(&[90.0, 110.0]).unwrap() - 0.1414).abs() < 1e-3);
     }
 }

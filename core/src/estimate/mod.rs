@@ -5,6 +5,7 @@
 
 mod contents;
 mod counting;
+mod windows;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,24 +13,30 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use self::contents::{FirstContents, RewrittenContents};
-pub use self::counting::WindowCount;
 use self::counting::{Counter, Counts};
+pub use self::windows::WindowCount;
 use crate::layout::Layout;
 use crate::machine::{MachineError, SourceMachine};
-use crate::predict::{Contents, Path, Workload};
+use crate::predict::{Path, Workload};
 use crate::source::control::{Done, HANDOVER_TRIPS, probe_bytes};
 use crate::source::{Compression, jobs};
 use crate::touched::MappedPages;
 use crate::view::MemoryView;
 
-/// Below this, one series with the shortest windows does not fit.
+/// Below this, there are no two intervals.
 pub const SHORTEST: Duration = Duration::from_millis(500);
+/// Fewer say nothing of how they differ.
+const LEAST_INTERVALS: u32 = 2;
+/// Pages that were rewritten are looked at after so many intervals: about as long as a later round.
+const COMPARE_EVERY: u32 = 4;
 /// From connecting to the first page, on a link without delay, beside probing the link: above all the destination's machine is built.
 const SETUP: Duration = Duration::from_millis(90);
 /// Between two rounds, beside the harvest: workers are told, and tell.
 const BETWEEN_ROUNDS: Duration = Duration::from_micros(200);
 /// A round trip to the destination, as long as nobody has measured it.
 const ROUND_TRIP: Duration = Duration::from_micros(300);
+/// In the pause, beside all that: workers and coordinators at both ends are told, and the tables are compared.
+const IN_PAUSE: Duration = Duration::from_micros(1500);
 /// What sockets hold at the end of a round.
 const QUEUED_BYTES: f64 = 128e3;
 
@@ -67,8 +74,8 @@ pub struct Measured {
     pub touched_bytes: u64,
     /// Of guest RAM, the share that was looked at; the rest is taken to be like it.
     pub sampled_share: f64,
-    /// Series of windows, each from one clear of the log.
-    pub series: u32,
+    /// Intervals, each from one clear of the log to the next.
+    pub intervals: u32,
     /// U(t) at each window.
     pub windows: Vec<WindowCount>,
     /// By how much counts over the same window differ: one standard deviation, as a share.
@@ -115,22 +122,25 @@ pub fn measure(
     let mut counter = Counter::start(machine, &view)?;
     let first = FirstContents::sample(&view, &touched, counter.sample(), options)?;
     let mut rewritten = RewrittenContents::new(options)?;
-    let until = began + options.time;
-    while counter.series() == 0 || until.saturating_duration_since(Instant::now()) >= SHORTEST {
-        // Pages that this series finds dirty again are those that a later round would send.
-        rewritten.remember(&view, &touched, counter.pending(), counter.sample());
-        counter.run_series(until, wait)?;
-        rewritten.compare(&view, counter.pending());
+    while counter.intervals() < LEAST_INTERVALS || began.elapsed() < options.time {
+        if counter.intervals().is_multiple_of(COMPARE_EVERY) {
+            // Pages that were dirty and are dirty again are those that a later round would send.
+            rewritten.compare(&view, counter.dirty_since());
+            rewritten.remember(&view, &touched, counter.dirty(), counter.sample());
+            counter.forget();
+        }
+        counter.run_interval(wait)?;
     }
-    let Counts { zones, windows, spread, series, harvest, sampled_share } = counter.finish(&touched)?;
+    rewritten.compare(&view, counter.dirty_since());
+    let Counts { zones, windows, spread, intervals, harvest, sampled_share } = counter.finish(&touched);
     let dirty_pages = windows.last().map_or(0.0, |window| window.pages);
-    let contents = Contents { first: first.cost, again: rewritten.cost(&first, dirty_pages) };
+    let contents = rewritten.costs(&first, dirty_pages);
     let touched_pages: f64 = zones.iter().map(|zone| zone.touched_pages).sum();
     Ok(Measured {
         memory_bytes: description.memory_bytes(),
         touched_bytes: touched_pages as u64 * crate::memory::PAGE_SIZE as u64,
         sampled_share,
-        series,
+        intervals,
         windows,
         spread,
         zero_share: first.zero_share,
@@ -156,7 +166,7 @@ impl Measured {
             probe_bytes,
             round_overhead: BETWEEN_ROUNDS + harvest,
             // State is loaded in about the time in which it is saved (docs/performance.md).
-            fixed: 2 * pause + harvest + HANDOVER_TRIPS * ROUND_TRIP,
+            fixed: 2 * pause + harvest + IN_PAUSE + HANDOVER_TRIPS * ROUND_TRIP,
             queued_bytes: QUEUED_BYTES,
         }
     }

@@ -57,11 +57,18 @@ pub struct Contents {
     pub first: Encoded,
     /// Dirtied pages, sent again.
     pub again: Encoded,
+    /// Dirtied pages, sent again in the pause: only differences are looked for, nothing is compressed.
+    pub in_pause: Encoded,
 }
 
 impl Contents {
+    /// Every page costs the same, whenever it is sent.
+    pub fn always(cost: Encoded) -> Self {
+        Self { first: cost, again: cost, in_pause: cost }
+    }
+
     /// Nothing to be saved anywhere.
     pub fn incompressible() -> Self {
-        Self { first: Encoded::always(PageCost::RAW), again: Encoded::always(PageCost::RAW) }
+        Self::always(Encoded::always(PageCost::RAW))
     }
 }

@@ -214,7 +214,8 @@ fn workload(arguments: &Arguments, working_set: ByteSize, channels: u16) -> Work
         false => plain,
     };
     let encoded = Encoded { plain, slow };
-    Workload { zones, contents: Contents { first: encoded, again: encoded } }
+    let contents = Contents { in_pause: Encoded::always(plain), ..Contents::always(encoded) };
+    Workload { zones, contents }
 }
 
 #[cfg(test)]
