@@ -8,6 +8,7 @@
 //! | [`outcome`] | how a move ended, for programs and for people |
 //! | [`display`], [`summary`] | the same for people: while it runs, and when it has ended |
 //! | [`forecast`] | a prediction, for people |
+//! | [`report`] | moves as pages to be looked at |
 //! | [`claims`] | where a machine's claims lie, and what they say, for people |
 //! | [`console`] | stdout, stderr, logging: what the programs have in common |
 //! | [`units`] | numbers with their units, as options and files write them |
@@ -20,6 +21,7 @@ pub mod keeper;
 pub mod outcome;
 pub mod parameters;
 pub mod qmp;
+pub mod report;
 pub mod summary;
 pub mod units;
 

@@ -212,6 +212,9 @@ pub(crate) struct MigrateArgs {
     /// Allow clear text off loopback
     #[arg(long)]
     pub(crate) insecure: bool,
+    /// Write a report of the move: one HTML page with rounds, bytes and the pause as plots
+    #[arg(long, value_name = "FILE.html", conflicts_with_all = ["detach", "dry_run"])]
+    pub(crate) report: Option<PathBuf>,
     /// For tests: stop on entering this phase until `release`
     #[arg(long, hide = true, value_name = "PHASE")]
     pub(crate) test_hold_at: Option<godwit_core::Phase>,

@@ -27,27 +27,30 @@ pub(crate) enum OnInterrupt {
 }
 
 /// What came of following a move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Followed {
     /// It has ended like this.
-    Ended(OutcomeKind),
+    Ended(Box<Outcome>),
+    /// It has ended, and nobody told how.
+    Lost,
     /// It goes on without us.
     Left,
 }
 
 impl Followed {
     /// For a command that wanted the move.
-    pub(crate) fn exit_code(self) -> ExitCode {
+    pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
-            Followed::Ended(kind) => kind.exit_code(),
+            Followed::Ended(outcome) => outcome.outcome.exit_code(),
+            Followed::Lost => OutcomeKind::Unknown.exit_code(),
             Followed::Left => ExitCode::from(EXIT_INTERNAL),
         }
     }
 
     /// For a command that wanted it cancelled.
-    pub(crate) fn exit_code_of_cancel(self) -> ExitCode {
+    pub(crate) fn exit_code_of_cancel(&self) -> ExitCode {
         match self {
-            Followed::Ended(OutcomeKind::Cancelled) => ExitCode::SUCCESS,
+            Followed::Ended(outcome) if outcome.outcome == OutcomeKind::Cancelled => ExitCode::SUCCESS,
             _ => ExitCode::from(EXIT_INTERNAL),
         }
     }
@@ -83,7 +86,7 @@ pub(crate) fn follow(
             Err(ClientError::Closed) => {
                 display.end();
                 lost(number);
-                return Ok(Followed::Ended(OutcomeKind::Unknown));
+                return Ok(Followed::Lost);
             }
             Err(error) => return Err(error.into()),
         };
@@ -93,7 +96,7 @@ pub(crate) fn follow(
         if let Some(outcome) = told(&mut display, &event, number) {
             display.end();
             tell(&outcome, json);
-            return Ok(Followed::Ended(outcome.outcome));
+            return Ok(Followed::Ended(Box::new(outcome)));
         }
     }
 }

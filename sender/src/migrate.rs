@@ -1,11 +1,13 @@
 //! `migrate`: asks the process that keeps a machine to send it away, and follows the move.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use godwit_control::console::{out, say};
-use godwit_control::outcome::OutcomeKind;
+use godwit_control::outcome::{Outcome, OutcomeKind};
 use godwit_control::parameters::{Parameters, parse_compression};
 use godwit_control::qmp::{Client, ClientError};
+use godwit_control::report::{self, MoveReport, ReportError};
 use godwit_control::units::{Bandwidth, OrNone, Span};
 use godwit_transport::Uri;
 use godwit_vmm::config::ByteSize;
@@ -13,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::Failure;
 use crate::cli::{MemoryHandoverArg, MigrateArgs, OnStallArg, Switch};
-use crate::follow::{OnInterrupt, follow};
+use crate::follow::{Followed, OnInterrupt, follow};
 use crate::interrupt::Interrupts;
 
 /// What that means.
@@ -56,7 +58,28 @@ pub(crate) fn migrate(args: &MigrateArgs, json: bool) -> Result<ExitCode, Failur
         }
         return Ok(ExitCode::SUCCESS);
     }
-    Ok(follow(&mut client, number, json, &interrupts, OnInterrupt::Cancel)?.exit_code())
+    let followed = follow(&mut client, number, json, &interrupts, OnInterrupt::Cancel)?;
+    if let (Some(path), Followed::Ended(outcome)) = (&args.report, &followed) {
+        // The move has ended as it has, whether or not its report can be written.
+        match write_report(args, outcome, path) {
+            Ok(()) => say(format_args!("report: {}", path.display())),
+            Err(error) => say(error),
+        }
+    }
+    Ok(followed.exit_code())
+}
+
+fn write_report(args: &MigrateArgs, outcome: &Outcome, path: &Path) -> Result<(), ReportError> {
+    let page = report::move_page(&MoveReport {
+        title: &format!("Move to {}", outcome.uri),
+        outcome,
+        forecast: None,
+        bandwidth_bytes_per_s: args.max_bandwidth.and_then(|cap| cap.0).map(|cap| cap.bytes_per_s as f64),
+        downtime_limit_ms: args.downtime_limit.map(|limit| limit.0.as_secs_f64() * 1e3),
+        gap_ms: None,
+        writes: &[],
+    })?;
+    report::write(path, &page)
 }
 
 /// The URI in its full form. What can be told to be wrong without asking anybody is a mistake in the command line.
