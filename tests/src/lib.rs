@@ -14,6 +14,7 @@
 //! | [`workload`], [`qemu`] | the workload guest, here and in QEMU |
 //! | [`measure`] | a whole move measured |
 //! | [`versus`] | moves by Godwit and by QEMU in turn |
+//! | [`convergence`] | moves predicted before they begin, and how right that was |
 //! | [`footprint`] | how much memory a process takes, and how much of it is its guest's |
 //! | [`guest_memory`] | guest memory read and altered from outside |
 //! | [`image_locks`] | the locks on a disk image, as another program sees them |
@@ -27,6 +28,7 @@
 pub mod chaos;
 pub mod clock;
 pub mod cloud_hypervisor;
+pub mod convergence;
 pub mod counters;
 pub mod footprint;
 pub mod fuse;

@@ -73,6 +73,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Predicts moves before they begin, makes them, and shows how right that was (see `convergence --help` for options)
+    #[command(disable_help_flag = true)]
+    Convergence {
+        /// Options for the suite
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Moves the same guests with Godwit and with QEMU (or Cloud Hypervisor) at its best in turn, and shows both
     VersusQemu {
         /// Options for the comparison
@@ -101,6 +108,10 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Simulate { options } => simulate::run(&options),
         Command::Whatif { options } => whatif::run(&options),
         Command::Audit => audit(),
+        Command::Convergence { options } => {
+            deps::require(&["ip", "tc"])?;
+            measure("convergence", Build::Release, &options, false)
+        }
         Command::VersusQemu { options } => {
             deps::require(&["qemu-system-x86_64", "ip", "tc"])?;
             measure("versus-qemu", Build::Release, &options, false)
