@@ -65,6 +65,9 @@ pub fn refusal(why: &Refused, directory: &Path) -> String {
 /// Whose an epoch is, and since when.
 pub fn whose(record: &Record) -> String {
     match &record.occupant {
+        Occupant::Claim(_) if !record.complete => {
+            format!("{}, {}, and is not known to have all of its memory", record.occupant, since(record.since))
+        }
         Occupant::Claim(_) => format!("{}, {}", record.occupant, since(record.since)),
         Occupant::Foreign(_) => format!("{}: nobody can say whose epoch {} is", record.occupant, record.epoch),
     }
@@ -87,6 +90,7 @@ pub fn as_json(record: &Record) -> Value {
         "age_s": record.since.map(|since| age(since).as_secs()),
         "running": record.running,
         "free": record.free,
+        "complete": record.complete,
     })
 }
 
@@ -134,14 +138,20 @@ mod tests {
         let me = Claimant { machine: name("fw1"), host: name("kvm1"), boot_id: name("b"), instance: name("i") };
         let epoch = Epoch::new(7).unwrap();
         let since = Some(SystemTime::now() - Duration::from_secs(3 * 3600 + 5));
-        let record =
-            Record { epoch, occupant: Occupant::Claim(me.claim(epoch, Nonce(1))), since, running: false, free: false };
+        let record = Record {
+            epoch,
+            occupant: Occupant::Claim(me.claim(epoch, Nonce(1))),
+            since,
+            running: false,
+            free: false,
+            complete: true,
+        };
         let text = refusal(&Refused::Others(Box::new(record)), Path::new("/srv/fw1.godwit"));
         for part in ["kvm1", "fw1", "epoch 7", "3 h ago", "--take-ownership=7"] {
             assert!(text.contains(part), "{part}: {text}");
         }
         let occupant = Occupant::Foreign("/srv/fw1.godwit/7 is no claim: not text".into());
-        let foreign = Record { epoch, occupant, since: None, running: false, free: false };
+        let foreign = Record { epoch, occupant, since: None, running: false, free: false, complete: true };
         let text = refusal(&Refused::Others(Box::new(foreign)), Path::new("/srv/fw1.godwit"));
         assert!(text.contains("no claim") && !text.contains("--take-ownership"), "{text}");
     }

@@ -103,9 +103,19 @@ fn progress_parts(progress: &Progress) -> [String; 2] {
         None => return alone("starting"),
     };
     if let Some(reconnecting) = &progress.reconnecting {
-        let left = approximate_ms(reconnecting.time_left_ms);
-        let tried = format!("{phase}, reconnecting: attempt {}, {left} left", reconnecting.attempts);
+        let left = match phase {
+            Phase::PostCopyPaused => "for as long as it takes".into(),
+            _ => format!("{} left", approximate_ms(reconnecting.time_left_ms)),
+        };
+        let tried = format!("{phase}, reconnecting: attempt {}, {left}", reconnecting.attempts);
         return [tried, reconnecting.why.clone()];
+    }
+    if phase == Phase::PostCopy {
+        let (left, rate) =
+            (approximate_bytes(progress.remaining_bytes as f64), approximate_rate(progress.rate_bytes_per_s));
+        let pages = progress.postcopy;
+        let sent = format!("pages sent: {} needed, {} ahead of that", pages.by_fault, pages.by_push);
+        return [format!("{phase}: {left} left, {rate}"), sent];
     }
     let mut sending = format!(
         "{phase}, round {}: {} left, {}",

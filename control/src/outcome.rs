@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use godwit_core::progress::{PageCounts, Reconnection, Report, RoundReport, Step};
+use godwit_core::progress::{PageCounts, PostCopyReport, Reconnection, Report, RoundReport, Step};
 use godwit_core::source::SourceOutcome;
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +73,8 @@ pub struct Outcome {
     pub resent_bytes: u64,
     /// Memory that was handed over to a receiver on the same host, in bytes, instead of being sent; null if it was sent.
     pub handed_over_bytes: Option<u64>,
+    /// How pages followed after the guest had gone on at the destination; null without post-copy.
+    pub postcopy: Option<PostCopyReport>,
     /// What the audit said.
     pub audit: Option<String>,
 }
@@ -160,6 +162,7 @@ impl Outcome {
             reconnections: report.reconnections.clone(),
             resent_bytes: report.resent_bytes,
             handed_over_bytes: report.handed_over_bytes,
+            postcopy: report.postcopy.clone(),
             audit: report.audit.clone(),
         }
     }

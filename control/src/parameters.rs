@@ -168,7 +168,7 @@ pub struct Parameters {
     /// Rounds after the first pass before the move counts as stalled.
     #[serde(rename = "x-godwit-max-rounds", skip_serializing_if = "Option::is_none")]
     pub max_rounds: Option<u32>,
-    /// `abort` or `force`.
+    /// `abort`, `force` or `postcopy`.
     #[serde(rename = "x-godwit-on-stall", skip_serializing_if = "Option::is_none")]
     pub on_stall: Option<String>,
     /// Compare page hashes before state is loaded.
@@ -284,12 +284,15 @@ fn parse_on_stall(name: &str) -> Result<OnStall, ParameterError> {
     match name {
         "abort" => Ok(OnStall::Abort),
         "force" => Ok(OnStall::Force),
-        "throttle" | "postcopy" => Err(ParameterError::Choice {
+        "postcopy" => Ok(OnStall::PostCopy),
+        "throttle" => Err(ParameterError::Choice {
             name: "on-stall",
-            choices: "abort, force (throttle and postcopy are not in this version)",
+            choices: "abort, force, postcopy (throttle is not in this version)",
             given: name.to_owned(),
         }),
-        _ => Err(ParameterError::Choice { name: "on-stall", choices: "abort, force", given: name.to_owned() }),
+        _ => {
+            Err(ParameterError::Choice { name: "on-stall", choices: "abort, force, postcopy", given: name.to_owned() })
+        }
     }
 }
 
@@ -297,6 +300,7 @@ fn on_stall_name(on_stall: OnStall) -> &'static str {
     match on_stall {
         OnStall::Abort => "abort",
         OnStall::Force => "force",
+        OnStall::PostCopy => "postcopy",
     }
 }
 
@@ -347,8 +351,7 @@ pub struct CapabilityState {
 }
 
 /// Capabilities of QEMU that Godwit knows and does not have.
-const ABSENT_CAPABILITIES: [&str; 8] =
-    ["xbzrle", "auto-converge", "postcopy-ram", "postcopy-preempt", "release-ram", "block", "x-colo", "zero-copy-send"];
+const ABSENT_CAPABILITIES: [&str; 6] = ["xbzrle", "auto-converge", "release-ram", "block", "x-colo", "zero-copy-send"];
 
 impl Settings {
     /// Every capability and whether it is on.
@@ -356,6 +359,9 @@ impl Settings {
         let own = [
             ("events", true),
             ("return-path", true),
+            // Pages that are needed have a channel of their own.
+            ("postcopy-ram", true),
+            ("postcopy-preempt", true),
             ("multifd", self.multifd),
             ("pause-before-switchover", self.options.pause_before_switchover),
         ];
@@ -370,7 +376,9 @@ impl Settings {
             match (capability.as_str(), state) {
                 ("multifd", _) => next.multifd = *state,
                 ("pause-before-switchover", _) => next.options.pause_before_switchover = *state,
-                ("events" | "return-path", true) => {}
+                ("events" | "return-path" | "postcopy-ram" | "postcopy-preempt", true) => {}
+                // Nothing goes over to it unless somebody says so.
+                ("postcopy-ram" | "postcopy-preempt", false) => {}
                 ("events" | "return-path", false) => return Err(format!("capability '{capability}' is always on")),
                 (name, _) if !ABSENT_CAPABILITIES.contains(&name) => {
                     return Err(format!("capability '{name}' is unknown"));
@@ -424,7 +432,7 @@ mod tests {
         assert!(matches!(settings.apply(&wrong), Err(ParameterError::Range { name: "multifd-channels", .. })));
         assert_eq!(settings.options.max_bandwidth_bytes_per_s, None);
         assert!(
-            applied(r#"{"x-godwit-on-stall": "postcopy"}"#).unwrap_err().to_string().contains("not in this version")
+            applied(r#"{"x-godwit-on-stall": "throttle"}"#).unwrap_err().to_string().contains("not in this version")
         );
         assert!(applied(r#"{"x-godwit-compress": "zstd:99"}"#).is_err());
         assert!(applied(r#"{"x-godwit-compress": "lz4"}"#).is_err());

@@ -50,6 +50,25 @@ fn table(outcome: &Outcome, lines: &mut Vec<String>) {
             pages.raw, pages.zstd, pages.delta, pages.same, pages.zero, pages.untouched
         ),
     );
+    if let Some(postcopy) = &outcome.postcopy {
+        row(
+            "post-copy",
+            format!(
+                "{} pages were missing, all there after {}: {} sent when needed, {} ahead of that",
+                postcopy.missing_pages,
+                approximate_ms(postcopy.duration_ms),
+                postcopy.pages_by_fault,
+                postcopy.pages_by_push
+            ),
+        );
+        row(
+            "page faults",
+            format!(
+                "{}: half within {} µs, 99 % within {} µs, the slowest {} µs",
+                postcopy.faults, postcopy.fault_p50_us, postcopy.fault_p99_us, postcopy.fault_max_us
+            ),
+        );
+    }
     if !outcome.reconnections.is_empty() {
         let (breaks, away) =
             (outcome.reconnections.len(), outcome.reconnections.iter().filter_map(|cut| cut.outage_ms));

@@ -5,8 +5,9 @@
 //!
 //! `cargo run --package godwit-core --example toy_vmm`
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -16,8 +17,8 @@ use godwit_core::machine::{RegionDescription, SectionVersion};
 use godwit_core::progress::Silent;
 use godwit_core::source::{SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{
-    DestinationHost, DestinationMachine, DirtyLog, GuestMemory, LoadContext, MachineDescription, MachineError, Refusal,
-    Section, SourceMachine, Verdict,
+    DestinationHost, DestinationMachine, DirtyLog, FillableMemory, GuestMemory, LoadContext, MachineDescription,
+    MachineError, PAGE_SIZE, PageIndex, PageRun, Placed, Refusal, Section, SourceMachine, Verdict,
 };
 use godwit_transport::{Options, Uri};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
@@ -43,6 +44,17 @@ struct Inner {
     running: AtomicBool,
     /// How many writes the guest has made: the machine's whole device state.
     writes: AtomicU64,
+    /// Pages that are not there yet.
+    absent: Absent,
+}
+
+/// Pages that are not there yet (post-copy). A real VMM has the kernel tell who touches them: userfaultfd(2).
+#[derive(Default)]
+struct Absent {
+    pages: Mutex<BTreeSet<u64>>,
+    /// Pages that somebody waits for.
+    needed: Mutex<Vec<PageIndex>>,
+    placed: Condvar,
 }
 
 impl ToyMachine {
@@ -56,6 +68,7 @@ impl ToyMachine {
             logging: AtomicBool::new(false),
             running: AtomicBool::new(false),
             writes: AtomicU64::new(0),
+            absent: Absent::default(),
         };
         Ok(Self { inner: Arc::new(inner), guest: Mutex::new(None) })
     }
@@ -105,10 +118,16 @@ impl Inner {
         Ok(())
     }
 
+    /// Whatever a page held is gone.
+    fn forget(&self, page: u64) -> Result<(), vm_memory::GuestMemoryError> {
+        self.memory.write_slice(&[0xee; PAGE_SIZE], GuestAddress(page * PAGE_SIZE as u64))
+    }
+
     fn step(&self) -> Result<(), vm_memory::GuestMemoryError> {
         let (pages, slots) = (WORKING_SET_BYTES / 4096, WORKING_SET_BYTES / 8);
         let order = self.writes.load(Ordering::Relaxed) % slots;
         let (page, address) = (order % pages, (order % pages) * 4096 + (order / pages) * 8);
+        self.absent.wait_for(page);
         let value: u64 = self.memory.read_obj(GuestAddress(address))?;
         self.guest_write(value + 1, address)?;
         // As hardware has it: the write first, the dirty bit after it, and both before anybody sees the guest stopped.
@@ -116,6 +135,51 @@ impl Inner {
         self.writes.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
+}
+
+impl Absent {
+    /// What touching a page comes to: waits until it is there.
+    fn wait_for(&self, page: u64) {
+        let pages = lock(&self.pages);
+        if pages.contains(&page) {
+            lock(&self.needed).push(PageIndex { region: 0, page });
+            let here = self.placed.wait_while(pages, |pages| pages.contains(&page));
+            drop(here.unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+impl FillableMemory for Inner {
+    fn wait_for_need(&self, limit: Duration, needed: &mut Vec<PageIndex>) -> Result<bool, MachineError> {
+        needed.append(&mut lock(&self.absent.needed));
+        if needed.is_empty() {
+            thread::sleep(limit.min(Duration::from_millis(1)));
+        }
+        Ok(true)
+    }
+
+    fn place(&self, page: PageIndex, contents: Option<&[u8; PAGE_SIZE]>) -> Result<Placed, MachineError> {
+        let mut pages = lock(&self.absent.pages);
+        if !pages.contains(&page.page) {
+            return Ok(Placed::Already);
+        }
+        let address = GuestAddress(page.page * PAGE_SIZE as u64);
+        self.memory.write_slice(contents.unwrap_or(&[0; PAGE_SIZE]), address).map_err(memory_error)?;
+        // Only now: nobody may see a page that is half there.
+        pages.remove(&page.page);
+        self.absent.placed.notify_all();
+        Ok(Placed::Now)
+    }
+
+    fn complete(&self) -> Result<(), MachineError> {
+        lock(&self.absent.pages).clear();
+        self.absent.placed.notify_all();
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn memory_error(error: vm_memory::GuestMemoryError) -> MachineError {
@@ -147,7 +211,7 @@ impl SourceMachine for ToyMachine {
 
     fn pause(&self, _limit: Duration) -> Result<(), MachineError> {
         self.inner.running.store(false, Ordering::Release);
-        match self.guest.lock().unwrap_or_else(PoisonError::into_inner).take().map(JoinHandle::join) {
+        match lock(&self.guest).take().map(JoinHandle::join) {
             Some(Err(_)) => Err(MachineError::new("the guest's thread died")),
             _ => Ok(()),
         }
@@ -171,7 +235,7 @@ impl SourceMachine for ToyMachine {
             }
         });
         let guest = guest.map_err(|error| MachineError::with_source("cannot start the guest's thread", error))?;
-        *self.guest.lock().unwrap_or_else(PoisonError::into_inner) = Some(guest);
+        *lock(&self.guest) = Some(guest);
         Ok(())
     }
 
@@ -221,6 +285,10 @@ impl DestinationHost for ToyHost {
         refusals.into()
     }
 
+    fn check_filling(&mut self, _description: &MachineDescription) -> Result<(), Refusal> {
+        Ok(())
+    }
+
     fn prepare(&mut self, _description: &MachineDescription) -> Result<ToyMachine, MachineError> {
         ToyMachine::new()
     }
@@ -241,6 +309,17 @@ impl DestinationMachine for ToyMachine {
             }
             _ => Err(MachineError::new("the state of a toy machine is one counter")),
         }
+    }
+
+    fn fill_later(
+        &mut self,
+        missing: &mut dyn Iterator<Item = PageRun>,
+    ) -> Result<Arc<dyn FillableMemory>, MachineError> {
+        for page in missing.flat_map(|run| run.pages) {
+            lock(&self.inner.absent.pages).insert(page);
+            self.inner.forget(page).map_err(memory_error)?;
+        }
+        Ok(Arc::clone(&self.inner) as _)
     }
 
     fn start(&mut self) -> Result<(), MachineError> {

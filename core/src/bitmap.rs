@@ -58,6 +58,17 @@ impl PageBits {
         })
     }
 
+    /// Whether the bit of a slot is set.
+    pub fn is_set(&self, slot: usize) -> bool {
+        read(&self.words[slot / 64]) >> (slot % 64) & 1 == 1
+    }
+
+    /// Clears the bit of a slot; true if it was set.
+    pub fn unset(&self, slot: usize) -> bool {
+        let bit = 1 << (slot % 64);
+        self.words[slot / 64].fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    }
+
     /// A stripe's bits, which stay.
     pub fn get(&self, stripe: usize) -> StripeBits {
         let words = &self.words[stripe * STRIPE_WORDS..][..STRIPE_WORDS];

@@ -22,6 +22,7 @@
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`delta`], [`bases`] | pages as differences from what was sent before |
 //! | [`layout`], [`bitmap`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
+//! | [`postcopy`] | pages that follow when the guest runs at the destination already |
 //! | [`memory_files`] | memory handed over as the files behind it, on one host |
 //! | [`view`], [`touched`], [`audit`] | guest memory by pages, which of it was ever used, whether it is what was sent |
 
@@ -47,6 +48,7 @@ pub mod pending;
 pub mod phase;
 pub mod plants;
 pub mod policy;
+pub mod postcopy;
 pub mod predict;
 pub mod progress;
 pub mod source;
@@ -60,8 +62,8 @@ mod sync;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
 pub use machine::{
-    DestinationHost, DestinationMachine, DirtyLog, Inquiry, LoadContext, MachineDescription, MachineError, Refusal,
-    Section, SourceMachine, Verdict,
+    DestinationHost, DestinationMachine, DirtyLog, FillableMemory, Inquiry, LoadContext, MachineDescription,
+    MachineError, PageIndex, PageRun, Placed, Refusal, Section, SourceMachine, Verdict,
 };
 pub use memory::{GuestMemory, PAGE_SIZE};
 pub use phase::Phase;

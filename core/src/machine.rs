@@ -6,11 +6,13 @@
 
 use std::error::Error;
 use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::memory_files::MemoryFile;
 
 /// A running machine that can be sent away.
@@ -122,6 +124,11 @@ pub trait DestinationHost: Send {
         Err("this VMM cannot take memory over".into())
     }
 
+    /// Whether the memory of such a machine can be filled while its guest runs in it ([`DestinationMachine::fill_later`]), or why not.
+    fn check_filling(&mut self, _description: &MachineDescription) -> Result<(), Refusal> {
+        Err(Refusal::new("post-copy", "this VMM cannot fill memory while the guest runs in it"))
+    }
+
     /// Builds the machine, with memory that reads as zeros unless it was handed over, and does all that can be done before state arrives.
     fn prepare(&mut self, description: &MachineDescription) -> Result<Self::Machine, MachineError>;
 }
@@ -134,6 +141,15 @@ pub trait DestinationMachine: Send {
     /// Loads state. Called as a rehearsal before memory arrives (twice, with state that is soon stale) and once for good.
     fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<(), MachineError>;
 
+    /// Forgets what the `missing` pages hold, and from here on says who needs one of them: they come in while the guest runs.
+    /// Called before the last [`DestinationMachine::load`], which may need some of them; whoever does waits until it is there.
+    fn fill_later(
+        &mut self,
+        _missing: &mut dyn Iterator<Item = PageRun>,
+    ) -> Result<Arc<dyn FillableMemory>, MachineError> {
+        Err(MachineError::new("this VMM cannot fill memory while the guest runs in it"))
+    }
+
     /// The machine is this end's from here on, and so is memory that was handed over: it may be written. Called once, before
     /// [`DestinationMachine::start`], and for a machine that is to stay paused too.
     fn own_memory(&mut self) -> Result<(), MachineError> {
@@ -142,6 +158,51 @@ pub trait DestinationMachine: Send {
 
     /// Lets the guest run, after [`DestinationMachine::load`]. Not called for a machine that is to stay paused.
     fn start(&mut self) -> Result<(), MachineError>;
+}
+
+/// Guest memory of which some pages are missing, and come in while the guest runs in it.
+///
+/// Whoever touches a page that is not there, be it the guest, KVM or a device, waits until the page is put in place. The calls come
+/// from several threads at once, none of which touches guest memory in any other way.
+pub trait FillableMemory: Send + Sync {
+    /// Waits, for `limit` at most, until somebody needs pages that are not there, and adds those to `needed`. That may be any page
+    /// that nothing was ever written to, too, also one that was not said to be missing. False: as [`Placed::NotWanted`].
+    fn wait_for_need(&self, limit: Duration, needed: &mut Vec<PageIndex>) -> Result<bool, MachineError>;
+
+    /// Puts a page in place at once, as a whole, and lets whoever waits for it go on. `None`: zeros.
+    fn place(&self, page: PageIndex, contents: Option<&[u8; PAGE_SIZE]>) -> Result<Placed, MachineError>;
+
+    /// No page is missing any more: from here on this is memory as any other.
+    fn complete(&self) -> Result<(), MachineError>;
+}
+
+/// A page, by the number of its region and its own in that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PageIndex {
+    /// Number of the region, as in [`MachineDescription::memory`].
+    pub region: usize,
+    /// Number of the page, from the start of the region.
+    pub page: u64,
+}
+
+/// Pages one after the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageRun {
+    /// Number of the region, as in [`MachineDescription::memory`].
+    pub region: usize,
+    /// Numbers of the pages, from the start of the region.
+    pub pages: Range<u64>,
+}
+
+/// What became of a page that was to be put in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placed {
+    /// It is in place.
+    Now,
+    /// There was one, which stays.
+    Already,
+    /// No page is missing any more, whatever was said: the guest has booted anew, for example.
+    NotWanted,
 }
 
 /// What a destination needs beside the sections to load state.

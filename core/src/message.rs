@@ -21,6 +21,7 @@ use crate::channel::SessionToken;
 use crate::codec::{self, CodecError};
 use crate::machine::{MachineDescription, Section, Verdict};
 use crate::memory_files::MemoryOffer;
+use crate::postcopy::Missing;
 
 /// The protocol's version: another major number cannot be talked to, a smaller minor one sets what is used.
 pub const VERSION: Version = Version { major: 1, minor: 1 };
@@ -30,8 +31,10 @@ pub const FEATURE_RETURN: u64 = 1;
 pub const FEATURE_DELTA: u64 = 2;
 /// On one host memory may be handed over as the files behind it ([`crate::memory_files`]).
 pub const FEATURE_MEMORY_FILES: u64 = 4;
+/// The guest may run at the destination before all of its memory is there ([`crate::postcopy`]).
+pub const FEATURE_POSTCOPY: u64 = 8;
 /// All that this version can do.
-pub const FEATURES: u64 = FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES;
+pub const FEATURES: u64 = FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES | FEATURE_POSTCOPY;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"GWCT";
@@ -143,6 +146,19 @@ pub struct Applied {
     pub mark: u64,
 }
 
+/// How memory was filled while the guest ran in it, as the destination saw it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Pages that somebody waited for.
+    pub faults: u64,
+    /// How long half of them took at most, in microseconds.
+    pub fault_p50_us: u64,
+    /// How long 99 % of them took at most.
+    pub fault_p99_us: u64,
+    /// How long the slowest took.
+    pub fault_max_us: u64,
+}
+
 /// Where the source stands, for the destination's display.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoundStart {
@@ -216,6 +232,14 @@ messages! {
     23 Keep(Duration) max 64;
     /// Source: these files, whose descriptors come along, are the machine's memory: map them, and nothing need be sent.
     24 Memory(MemoryOffer) max 4 * KIB;
+    /// Source: the machine may go over to post-copy: judge that, too.
+    25 PostCopyWanted(()) max 0;
+    /// Source: it is to go over to post-copy: can that be? If so, the channels for pages are opened next.
+    26 PostCopy(()) max 0;
+    /// Both ends: pages that are missing at the destination.
+    27 Missing(Missing) max 2 * MIB;
+    /// Source: all of memory is there, as was said, and nothing more will come.
+    28 Farewell(()) max 0;
     /// Destination: the number and CLOCK_REALTIME in nanoseconds.
     32 ClockReply((u32, i64)) max 64;
     /// Destination: every reason against it, and the answer to the question; no reason: go on.
@@ -232,6 +256,10 @@ messages! {
     38 Attached(SessionToken) max 64;
     /// Destination: it will map the files that were offered, or why it cannot.
     39 MemoryTaken(Option<String>) max 4 * KIB;
+    /// Destination: the machine can go over to post-copy, or why it cannot.
+    40 PostCopyAnswer(Option<String>) max 4 * KIB;
+    /// Destination: no page is missing any more.
+    41 Complete(Filled) max 64;
 }
 
 /// Why bytes are no message.

@@ -74,6 +74,11 @@ impl Pending {
         self.bits.stripes()
     }
 
+    /// Forgets all of it.
+    pub fn clear(&self) {
+        self.bits.clear();
+    }
+
     /// Pages pending.
     pub fn count(&self) -> u64 {
         self.bits.count()

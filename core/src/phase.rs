@@ -43,9 +43,17 @@ pub enum Phase {
     FinalPages,
     /// The page tables are compared, device state is sent and loaded; ends with the destination's *ready*.
     State,
-    /// *commit* has been sent; ends with *running*. No way back from here.
+    /// *commit* has been sent; ends with *running*. No way back from here. In post-copy the guest's memory is not complete yet.
     Commit,
-    /// The destination runs the guest.
+    /// The destination runs the guest, and the pages that it lacks follow.
+    #[strum(serialize = "postcopy")]
+    #[serde(rename = "postcopy")]
+    PostCopy,
+    /// The same, with a broken link that is made anew: the guest runs until it needs a page that is missing.
+    #[strum(serialize = "postcopy-paused")]
+    #[serde(rename = "postcopy-paused")]
+    PostCopyPaused,
+    /// The destination runs the guest, and all of its memory is there.
     Completed,
 }
 

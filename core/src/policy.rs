@@ -53,6 +53,8 @@ pub enum Decision {
     Stop,
     /// Stop the guest although it is not; why.
     ForceStop(String),
+    /// Stop the guest, and let the pages that are dirty follow when it runs at the destination; why.
+    PostCopy(String),
     /// Give up; why.
     GiveUp(String),
 }
@@ -103,6 +105,7 @@ impl RoundEnd {
         match limits.on_stall {
             OnStall::Abort => Decision::GiveUp(short),
             OnStall::Force => Decision::ForceStop(short),
+            OnStall::PostCopy => Decision::PostCopy(short),
         }
     }
 }
@@ -178,6 +181,7 @@ mod tests {
         assert_eq!(end(2, 5000).decide(&limits(OnStall::Abort)), Decision::Continue);
         assert!(matches!(end(3, 5000).decide(&limits(OnStall::Abort)), Decision::GiveUp(_)));
         assert!(matches!(end(3, 5000).decide(&limits(OnStall::Force)), Decision::ForceStop(_)));
+        assert!(matches!(end(3, 5000).decide(&limits(OnStall::PostCopy)), Decision::PostCopy(_)));
         let timed = Limits { timeout: Some(100 * MS), ..limits(OnStall::Abort) };
         assert!(matches!(end(0, 5000).decide(&timed), Decision::GiveUp(why) if why.contains("time budget")));
     }

@@ -71,6 +71,8 @@ pub struct Progress {
     pub downtime_limit_ms: f64,
     /// Pages sent, by encoding.
     pub pages: PageCounts,
+    /// Pages that followed the guest, in post-copy.
+    pub postcopy: PostCopyCounts,
 }
 
 /// A connection that is being made anew.
@@ -159,6 +161,44 @@ pub struct Reconnection {
     pub resent_bytes: u64,
 }
 
+/// Post-copy, looked back upon.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Why it was chosen.
+    pub why: String,
+    /// Pages that were missing when the guest went on at the destination.
+    pub missing_pages: u64,
+    /// From then until none was.
+    pub duration_ms: f64,
+    /// Pages that something at the destination waited for.
+    pub faults: u64,
+    /// How long half of those took at most, as the destination saw it.
+    pub fault_p50_us: u64,
+    /// How long 99 % of them took at most.
+    pub fault_p99_us: u64,
+    /// How long the slowest took.
+    pub fault_max_us: u64,
+    /// Pages that were sent because they were needed.
+    pub pages_by_fault: u64,
+    /// Pages that were sent before anybody needed them.
+    pub pages_by_push: u64,
+    /// Given to sockets for both.
+    pub wire_bytes: u64,
+}
+
+/// Pages that have followed so far, in post-copy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PostCopyCounts {
+    /// Pages that were missing when the guest went on at the destination.
+    pub missing_pages: u64,
+    /// Pages that were sent because they were needed.
+    pub by_fault: u64,
+    /// Pages that were sent before anybody needed them.
+    pub by_push: u64,
+    /// Given to sockets for both.
+    pub wire_bytes: u64,
+}
+
 /// A move that has ended, looked back upon.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Report {
@@ -180,6 +220,8 @@ pub struct Report {
     pub pages: PageCounts,
     /// Memory that was handed over to a destination on the same host, instead of being sent.
     pub handed_over_bytes: Option<u64>,
+    /// How pages followed after the guest had gone on at the destination. Absent without post-copy.
+    pub postcopy: Option<PostCopyReport>,
     /// With `--audit`: what the stopped source's memory said against the table.
     pub audit: Option<String>,
 }

@@ -11,6 +11,8 @@ mod called_off;
 mod dirty_log;
 #[path = "moves/limits.rs"]
 mod limits;
+#[path = "moves/postcopy.rs"]
+mod postcopy;
 #[path = "moves/preflight.rs"]
 mod preflight;
 #[path = "moves/refusals.rs"]
@@ -57,7 +59,14 @@ impl Destination {
         let taken_in = thread::spawn(move || {
             let control = listener.next_control(LIMIT).unwrap().expect("a peer");
             tell.send(Arc::clone(&control.hang_up)).unwrap();
-            receive(control, &mut listener.incoming_data(), &mut host, &options, Arc::new(Silent))
+            let mut data = listener.incoming_data();
+            let mut outcome = receive(control, &mut data, &mut host, &options, Arc::new(Silent));
+            if let DestinationOutcome::Owned { filling, .. } = &mut outcome
+                && let Some(filling) = filling.take()
+            {
+                filling.run(&mut data);
+            }
+            outcome
         });
         Self { uri, taken_in, hang_up, _directory: directory }
     }

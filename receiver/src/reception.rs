@@ -92,9 +92,9 @@ impl Reception {
         let peer = control.peer.clone();
         say(format_args!("{peer} connects"));
         let mut host = KvmHost::new(self.host.clone());
-        let observer = Arc::new(IncomingObserver(self.keeper.clone()));
-        match receive(control, &mut data, &mut host, options, observer) {
-            DestinationOutcome::Owned { machine, running, holding, report } => {
+        let observer = Arc::new(IncomingObserver { keeper: self.keeper.clone(), is_here: AtomicBool::new(false) });
+        match receive(control, &mut data, &mut host, options, Arc::clone(&observer) as _) {
+            DestinationOutcome::Owned { machine, running, holding, filling, report } => {
                 let machine = machine.into_machine();
                 let name = machine.config().name.clone();
                 if let Some(holding) = holding {
@@ -106,6 +106,17 @@ impl Reception {
                 let state = if running { "runs" } else { "is here, paused" };
                 say(format_args!("the machine `{name}` from {peer} {state}"));
                 self.keeper.publish("GODWIT_ARRIVED", json!({ "name": name, "running": running, "report": report }));
+                if let Some(filling) = filling {
+                    let missing = filling.missing_pages();
+                    say(format_args!("{missing} pages of its memory are still to come (post-copy)"));
+                    observer.is_here.store(true, Ordering::Release);
+                    let filled = filling.run(&mut data);
+                    say(format_args!(
+                        "all of its memory is here: {} pages were waited for, 99 % of them for {} µs at most",
+                        filled.faults, filled.fault_p99_us
+                    ));
+                    self.keeper.publish("GODWIT_FILLED", json!(filled));
+                }
             }
             DestinationOutcome::Dropped(why) => self.keeper.lost(&why),
             DestinationOutcome::Ended(why) => {
@@ -127,14 +138,19 @@ impl HangUp for CallOff {
 }
 
 /// Tells the keeper how far a machine has come in.
-struct IncomingObserver(KeeperHandle);
+struct IncomingObserver {
+    keeper: KeeperHandle,
+    /// The machine is here, and only some of its memory is still to come.
+    is_here: AtomicBool,
+}
 
 impl Observer for IncomingObserver {
     fn event(&self, event: Event) {
         match event {
-            Event::Phase { phase } => self.0.incoming_phase(phase),
+            Event::Phase { phase } if self.is_here.load(Ordering::Acquire) => self.keeper.filling_phase(phase),
+            Event::Phase { phase } => self.keeper.incoming_phase(phase),
             Event::Round(_) => {}
-            Event::Decision { text } => self.0.incoming_decision(&text),
+            Event::Decision { text } => self.keeper.incoming_decision(&text),
         }
     }
 }

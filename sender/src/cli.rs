@@ -51,6 +51,9 @@ pub(crate) enum ClientVerb {
     Cancel(ControlArgs),
     /// Let a move go on that waits before the switchover
     Continue(ControlArgs),
+    /// Let a running move go over to post-copy: the guest goes on at the destination, and the rest of its memory follows. Until all of it is
+    /// there, the guest is lost if either host fails
+    Postcopy(ControlArgs),
     /// Pause the guest
     Pause(ControlArgs),
     /// Let a paused guest run on
@@ -228,7 +231,8 @@ pub(crate) enum OnStallArg {
     Force,
     #[value(hide = true)]
     Throttle,
-    #[value(hide = true)]
+    /// Let the guest go on at the destination, and send the rest of its memory after it; until all of it is there, the guest is lost if
+    /// either host fails
     Postcopy,
 }
 

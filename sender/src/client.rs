@@ -28,6 +28,9 @@ pub(crate) fn execute(verb: &ClientVerb, json: bool) -> Result<ExitCode, Failure
         ClientVerb::Continue(control) => {
             simple(control, "migrate-continue", json!({ "state": "pre-switchover" }), "the move goes on", json)
         }
+        ClientVerb::Postcopy(control) => {
+            simple(control, "migrate-start-postcopy", json!({}), "the move goes over to post-copy", json)
+        }
         ClientVerb::Pause(control) => simple(control, "stop", json!({}), "the guest is paused", json),
         ClientVerb::Resume(args) if args.force => doubt::resume_force(args, json),
         ClientVerb::Resume(args) => simple(&args.control, "cont", json!({}), "the guest runs", json),

@@ -37,6 +37,7 @@ pub(crate) fn abandon(args: &AbandonArgs, json: bool) -> Result<ExitCode, Failur
     let facts = facts(&mut client, "abandon")?;
     let mut lines = match text(&facts, "owner") {
         "claiming" => handed_over(&facts),
+        "incomplete" => incomplete(&facts),
         _ => known(&facts),
     };
     lines.extend(risk_of_abandoning(&facts));
@@ -55,10 +56,14 @@ fn facts(client: &mut Client, verb: &str) -> Result<Value, Failure> {
     let facts = client.execute("x-godwit-query-ownership", json!({ "look": true }))?;
     let why = match text(&facts, "owner") {
         "in-doubt" => return Ok(facts),
-        "claiming" if verb == "abandon" => return Ok(facts),
+        "claiming" | "incomplete" if verb == "abandon" => return Ok(facts),
         "claiming" => {
             "it has been handed over to this process, which is claiming it: it runs as soon as that is won".into()
         }
+        "incomplete" => format!(
+            "it has gone on at {}, and some of its memory is still to follow: the copy here is out of date and never runs",
+            text(&facts, "peer")
+        ),
         "moved" => format!("it has moved to {}", text(&facts, "peer")),
         "coming-in" => format!("a machine is coming in from {}, and is that end's", text(&facts, "peer")),
         "here" => "it is this process's (`status`, `resume`, `quit`)".into(),
@@ -155,6 +160,12 @@ fn risk_of_resuming(facts: &Value) -> Vec<String> {
 }
 
 fn risk_of_abandoning(facts: &Value) -> Vec<String> {
+    if text(facts, "owner") == "incomplete" {
+        return vec![format!(
+            "RISK: {} never gets what it lacks. The guest is lost, also if it still runs there, and has to be booted from its disks.",
+            text(facts, "peer")
+        )];
+    }
     vec![
         "This ends the process here. The guest's memory that is paused in it is gone for good.".into(),
         format!(
@@ -167,6 +178,16 @@ fn risk_of_abandoning(facts: &Value) -> Vec<String> {
             }
         ),
     ]
+}
+
+/// What is known of a guest that has gone on without all of its memory.
+fn incomplete(facts: &Value) -> Vec<String> {
+    let waiting = facts["waiting"].as_str().map(|why| format!(" ({why})")).unwrap_or_default();
+    vec![format!(
+        "machine `{}`: it has gone on at {} in post-copy, and lacks memory that only this process has. It is waited for{waiting}",
+        text(facts, "machine"),
+        text(facts, "peer")
+    )]
 }
 
 /// Who has the machine, as far as known.

@@ -96,8 +96,9 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         None => None,
         Some(OnStallArg::Abort) => Some("abort"),
         Some(OnStallArg::Force) => Some("force"),
-        Some(OnStallArg::Throttle | OnStallArg::Postcopy) => {
-            return Err(Failure::Usage("--on-stall: this version knows `abort` and `force` only".into()));
+        Some(OnStallArg::Postcopy) => Some("postcopy"),
+        Some(OnStallArg::Throttle) => {
+            return Err(Failure::Usage("--on-stall: this version knows `abort`, `force` and `postcopy` only".into()));
         }
     };
     if let Some(compress) = &args.compress {

@@ -6,11 +6,12 @@ mod taps;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use godwit_core::memory_files::MemoryFile;
 use godwit_core::{
-    DestinationHost, DestinationMachine, GuestMemory, LoadContext, MachineDescription, MachineError, Refusal, Section,
-    SourceMachine, Verdict,
+    DestinationHost, DestinationMachine, FillableMemory, GuestMemory, LoadContext, MachineDescription, MachineError,
+    PageRun, Refusal, Section, SourceMachine, Verdict,
 };
 
 use rustix::fs::fstatfs;
@@ -19,6 +20,7 @@ use crate::config::{MachineConfig, MemoryBacking, SerialTarget};
 use crate::description::Described;
 use crate::disks::{self, DiskVerdict};
 use crate::machine::{Arriving, BootFiles, Machine};
+use crate::memory::filling_objection;
 use crate::preflight;
 use crate::state;
 
@@ -113,6 +115,11 @@ impl DestinationHost for KvmHost {
         Ok(())
     }
 
+    fn check_filling(&mut self, description: &MachineDescription) -> Result<(), Refusal> {
+        let huge_pages = Described::read(description).is_ok_and(|machine| machine.config.huge_pages);
+        filling_objection(huge_pages).map_or(Ok(()), |reason| Err(Refusal::new("post-copy", reason)))
+    }
+
     fn prepare(&mut self, description: &MachineDescription) -> Result<IncomingMachine, MachineError> {
         let Described { config, identity, accepted_features, .. } =
             Described::read(description).map_err(MachineError::new)?;
@@ -165,6 +172,13 @@ impl DestinationMachine for IncomingMachine {
         self.machine.forget_cached_disks();
         self.loaded = true;
         Ok(())
+    }
+
+    fn fill_later(
+        &mut self,
+        missing: &mut dyn Iterator<Item = PageRun>,
+    ) -> Result<Arc<dyn FillableMemory>, MachineError> {
+        Ok(self.machine.fill_later(missing)?)
     }
 
     fn own_memory(&mut self) -> Result<(), MachineError> {

@@ -26,7 +26,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use godwit_core::{
-    DirtyLog, GuestMemory, Inquiry, LoadContext, MachineDescription, MachineError, Section, SourceMachine,
+    DirtyLog, FillableMemory, GuestMemory, Inquiry, LoadContext, MachineDescription, MachineError, PageRun, Section,
+    SourceMachine,
 };
 
 pub use self::announce::Announced;
@@ -204,9 +205,10 @@ impl Machine {
         self.inner.announce()
     }
 
-    /// Stops it for good and waits until its threads have ended. Stopping a stopped machine does nothing.
-    pub fn stop(&self) {
-        self.inner.stop();
+    /// Stops it for good and waits until its threads have ended. Stopping a stopped machine does nothing. False: it lacks pages, and something
+    /// waits for one that does not come. That ends with this process; until then it may still write to disks.
+    pub fn stop(&self) -> bool {
+        self.inner.stop()
     }
 
     /// The machine comes from elsewhere: its networks are to be told when it runs here for the first time.
@@ -217,6 +219,19 @@ impl Machine {
     /// It is this process's from here on, and so is memory that was handed over.
     pub(crate) fn own_memory(&self) -> Result<(), VmmError> {
         self.inner.ram.own()
+    }
+
+    /// Whether it came from elsewhere, and some of its memory is still to come.
+    pub fn is_filling(&self) -> bool {
+        self.inner.ram.is_filling()
+    }
+
+    /// Forgets what the `missing` pages hold; they are put in place while the guest runs.
+    pub(crate) fn fill_later(
+        &self,
+        missing: &mut dyn Iterator<Item = PageRun>,
+    ) -> Result<Arc<dyn FillableMemory>, VmmError> {
+        self.inner.ram.fill_later(missing)
     }
 
     /// Loads state into a machine that has not run yet.

@@ -12,7 +12,9 @@
 //! forgotten with the next step: whoever owns the memory never sees it. What has been let go of is neither read nor written by a paused
 //! machine; mapping it in another way would take long, in the pause, where much of it is in use.
 
+mod filling;
 mod mapping;
+mod userfault;
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -20,13 +22,15 @@ use std::sync::{Arc, Mutex};
 use godwit_core::bitmap::PageBits;
 use godwit_core::machine::RegionDescription;
 use godwit_core::memory_files::MemoryFile;
-use godwit_core::{GuestMemory, PAGE_SIZE};
+use godwit_core::{FillableMemory, GuestMemory, PAGE_SIZE, PageRun};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress, MmapRegion,
 };
 
+use self::filling::Filling;
+pub(crate) use self::filling::objection as filling_objection;
 use self::mapping::Sharing;
 use crate::config::MemoryBacking;
 use crate::error::VmmError;
@@ -75,6 +79,8 @@ pub(crate) struct Ram {
     memory: GuestMemory,
     backing: MemoryBacking,
     hold: Arc<Mutex<Hold>>,
+    /// Pages may be missing.
+    filling: Arc<Mutex<Option<Arc<Filling>>>>,
 }
 
 /// Whose the memory is.
@@ -119,7 +125,7 @@ impl Ram {
             regions.push(region);
         }
         let memory = GuestMemory::from_regions(regions).map_err(VmmError::memory("cannot lay out guest memory"))?;
-        Ok(Self { memory, backing, hold: Arc::new(Mutex::new(Hold::Owned)) })
+        Ok(Self { memory, backing, hold: Arc::new(Mutex::new(Hold::Owned)), filling: Arc::default() })
     }
 
     /// Looks at the memory, if it is only looked at, as it is now: what was written to it before is forgotten.
@@ -154,6 +160,26 @@ impl Ram {
         }
         *hold = Hold::Owned;
         Ok(())
+    }
+
+    /// Forgets what the `missing` pages hold; they are put in place while the guest runs.
+    pub(crate) fn fill_later(
+        &self,
+        missing: &mut dyn Iterator<Item = PageRun>,
+    ) -> Result<Arc<dyn FillableMemory>, VmmError> {
+        let filling = Arc::new(Filling::begin(&self.memory, missing)?);
+        *lock(&self.filling) = Some(Arc::clone(&filling));
+        Ok(filling)
+    }
+
+    /// Whether pages may be missing.
+    pub(crate) fn is_filling(&self) -> bool {
+        lock(&self.filling).as_ref().is_some_and(|filling| filling.is_under_way())
+    }
+
+    /// Nobody uses this memory any more: what was missing is not wanted.
+    pub(crate) fn end_filling(&self) -> Result<(), VmmError> {
+        lock(&self.filling).take().map_or(Ok(()), |filling| filling.end())
     }
 
     fn remap(&self, sharing: Sharing) -> Result<(), VmmError> {
@@ -220,6 +246,8 @@ impl Ram {
         if *lock(&self.hold) != Hold::Owned {
             return Err(VmmError::Status("guest memory is another process's: it cannot be cleared here".into()));
         }
+        // What was missing is not wanted any more.
+        self.end_filling()?;
         for region in self.memory.iter() {
             let length = region.len() as usize;
             mapping::discard(region, 0, length)?;

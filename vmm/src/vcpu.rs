@@ -118,10 +118,20 @@ impl Vcpu {
         receiver
     }
 
-    /// Ends the thread and waits for it.
-    pub(crate) fn stop(&self) {
+    /// Lets the thread end: it enters the guest no more.
+    pub(crate) fn dismiss(&self) {
         self.send(Command::Exit);
         self.kick();
+    }
+
+    /// Whether the thread has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        lock(&self.thread).as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Ends the thread and waits for it.
+    pub(crate) fn stop(&self) {
+        self.dismiss();
         let thread = lock(&self.thread).take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread of vCPU {} panicked", self.id);

@@ -7,6 +7,7 @@ mod kvm {
     pub(crate) mod balloon;
     pub(crate) mod boot;
     pub(crate) mod devices;
+    pub(crate) mod filling;
     pub(crate) mod guests;
     pub(crate) mod moves;
     pub(crate) mod running;
@@ -28,8 +29,15 @@ fn main() -> ExitCode {
     // Where nothing may be skipped, a /dev/kvm that cannot be used makes the tests fail.
     let must_run = there && env::var("CI").is_ok_and(|ci| ci == "true");
     let skipped = !usable && !must_run;
-    let tests =
-        [kvm::boot::TESTS, kvm::devices::TESTS, kvm::running::TESTS, kvm::moves::TESTS, kvm::balloon::TESTS].concat();
+    let tests = [
+        kvm::boot::TESTS,
+        kvm::devices::TESTS,
+        kvm::running::TESTS,
+        kvm::moves::TESTS,
+        kvm::balloon::TESTS,
+        kvm::filling::TESTS,
+    ]
+    .concat();
     let trials = tests.into_iter().map(|(name, body)| {
         Trial::test(name, move || {
             body();

@@ -30,6 +30,7 @@ const COMMANDS: &[(&str, Execute)] = &[
     ("cont", cont),
     ("migrate", move_commands::migrate),
     ("migrate-continue", move_commands::migrate_continue),
+    ("migrate-start-postcopy", move_commands::start_postcopy),
     ("migrate-set-capabilities", move_commands::set_capabilities),
     ("migrate-set-parameters", move_commands::set_parameters),
     ("migrate_cancel", move_commands::cancel),

@@ -62,7 +62,14 @@ fn facts(state: &State) -> Value {
             facts["heard"] = json!(state.last_move.as_ref().and_then(|last| last.outcome()).map(heard));
             facts["waiting"] = json!(doubt.waiting);
         }
-        (Ownership::Here, Some(_), _) => facts["owner"] = json!("here"),
+        (Ownership::Here, Some(_), _) => match state.active_move().filter(|current| current.is_followed()) {
+            Some(current) => {
+                facts["owner"] = json!("incomplete");
+                facts["peer"] = json!(current.uri);
+                facts["waiting"] = json!(current.engine.progress().reconnecting.map(|reconnecting| reconnecting.why));
+            }
+            None => facts["owner"] = json!("here"),
+        },
         (Ownership::Here, None, Some(incoming)) => {
             facts["owner"] = json!(if incoming.is_in_doubt() { "claiming" } else { "coming-in" });
             facts["peer"] = json!(incoming.peer);
@@ -150,6 +157,13 @@ pub(super) fn abandon(shared: &Arc<Shared>, command: &str, given: Arguments) -> 
         tracing::warn!("a person says that the copy of the machine that came from {} is never to run", incoming.peer);
         // The end of the attempt to take it in is told as that of every other.
         incoming.abandon.store(true, Ordering::Release);
+        return Ok(json!({}));
+    }
+    if state.active_move().is_some_and(|current| current.engine.abandon()) {
+        // The end of the move, as one of unknown outcome, is told as that of every other.
+        tracing::warn!(
+            "a person says that the destination, which lacks pages of the guest's memory, is not to be waited for"
+        );
         return Ok(json!({}));
     }
     let doubt = in_doubt(&state)?;

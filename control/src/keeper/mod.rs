@@ -254,11 +254,9 @@ impl Keeper {
             End::Stopped(StopCause::Signal) => hub.publish("SHUTDOWN", shutdown(false, "host-signal")),
         }
         let machine = self.shared.state().machine.clone();
-        if let Some(machine) = machine {
-            machine.stop();
-        }
+        let at_rest = machine.is_none_or(|machine| machine.stop());
         // Only now: nobody here will write to its disks any more. After a fault that is not sure.
-        let holding = self.shared.state().holding.clone();
+        let holding = self.shared.state().holding.clone().filter(|_| at_rest);
         if let (Some(holding), End::PoweredOff(_) | End::Stopped(_)) = (holding, end)
             && let Err(why) = holding.free(FREE_LIMIT)
         {
@@ -289,16 +287,18 @@ impl KeeperHandle {
             }
         })?;
         let running = godwit_core::SourceMachine::is_running(&machine);
+        let filling = machine.is_filling();
+        let status = if filling { "postcopy-active" } else { "completed" };
         {
             let mut state = self.0.state();
             state.name = machine.config().name.clone();
             state.machine = Some(machine);
             state.incoming = None;
-            state.arrived = arrived;
+            (state.arrived, state.filling) = (arrived, filling);
         }
         self.0.incoming_settled.notify_all();
         if arrived {
-            self.0.hub.publish("MIGRATION", json!({ "status": "completed" }));
+            self.0.hub.publish("MIGRATION", json!({ "status": status }));
             let _ = self.0.wake.send(Wake::MoveEnded);
         }
         if running {
@@ -339,8 +339,18 @@ impl KeeperHandle {
             }
             incoming.phase.replace(phase).map_or("setup", moves::status_of)
         };
-        if status != before && status != "completed" {
+        // That it is here is told with the machine.
+        if status != before && phase <= Phase::Commit {
             self.0.hub.publish("MIGRATION", json!({ "status": status }));
+        }
+    }
+
+    /// A machine that has come in gets the rest of its memory, and that has got so far.
+    pub fn filling_phase(&self, phase: Phase) {
+        self.0.hub.publish("MIGRATION", json!({ "status": moves::status_of(phase) }));
+        if phase == Phase::Completed {
+            self.0.state().filling = false;
+            let _ = self.0.wake.send(Wake::MoveEnded);
         }
     }
 
@@ -397,13 +407,18 @@ impl Shared {
                 true => tracing::warn!("a machine is being handed over by {}: waiting for its end", incoming.peer),
                 false => incoming.hang_up.hang_up(),
             }
+        } else if state.filling {
+            tracing::warn!(
+                "some of the machine's memory is still to come from where it was: waiting for that. Asked once more, this process ends, and \
+                 the guest is lost"
+            );
         }
     }
 
     /// No move is running, and it is known who has the machine.
     fn is_settled(&self) -> bool {
         let state = self.state();
-        state.active_move().is_none() && state.incoming.is_none() && !state.is_in_doubt()
+        state.active_move().is_none() && state.incoming.is_none() && !state.filling && !state.is_in_doubt()
     }
 
     /// A move is running that cannot be called off any more, or was and nobody knows how it ended.

@@ -102,6 +102,14 @@ pub(super) fn migrate_continue(shared: &Arc<Shared>, command: &str, given: Argum
     Ok(json!({}))
 }
 
+/// QEMU's command: the guest goes on at the destination before all of its memory is there.
+pub(super) fn start_postcopy(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
+    let NoArguments {} = arguments(command, given)?;
+    let Some(current) = active(shared) else { return Err(QmpError::generic("no move is running")) };
+    current.engine.go_over_to_postcopy().map_err(failed)?;
+    Ok(json!({}))
+}
+
 pub(super) fn release_hold(shared: &Arc<Shared>, command: &str, given: Arguments) -> Answer {
     let NoArguments {} = arguments(command, given)?;
     let Some(current) = active(shared) else { return Err(QmpError::generic("no move is running")) };
@@ -158,7 +166,8 @@ pub(super) fn query_migrate(shared: &Arc<Shared>, command: &str, given: Argument
     }
     // Nothing was sent from here: what came in, if anything.
     let incoming = state.incoming.as_ref().map(|incoming| incoming.phase.map_or("setup", status_of));
-    match incoming.or(state.arrived.then_some("completed")) {
+    let filling = state.filling.then_some("postcopy-active");
+    match incoming.or(filling).or(state.arrived.then_some("completed")) {
         Some(status) => Ok(json!({ "status": status })),
         None => Ok(json!({})),
     }
@@ -202,9 +211,10 @@ fn migration_info(last: &Move) -> Value {
             "dirty-sync-count": progress.round + 1,
             "page-size": page_bytes,
             "pages-per-second": whole(progress.rate_bytes_per_s / PAGE_SIZE as f64),
-            "precopy-bytes": progress.wire_bytes,
+            "precopy-bytes": progress.wire_bytes.saturating_sub(progress.postcopy.wire_bytes),
             "downtime-bytes": 0,
-            "postcopy-bytes": 0,
+            "postcopy-bytes": progress.postcopy.wire_bytes,
+            "postcopy-requests": progress.postcopy.by_fault,
         }),
     );
     Value::Object(info)

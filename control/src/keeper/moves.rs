@@ -41,6 +41,11 @@ impl Move {
     ) -> Result<u64, QmpError> {
         let _operation = shared.operation();
         let machine = shared.machine_at_rest()?;
+        if shared.state().filling {
+            return Err(QmpError::generic(
+                "some of the machine's memory is still to come from where it was: wait for that",
+            ));
+        }
         // There is one dirty log.
         shared.estimating.call_off();
         let uri: Uri = uri.parse().map_err(|error| QmpError::generic(format!("{uri}: {error}")))?;
@@ -110,6 +115,11 @@ impl Move {
     /// Whether the guest is stopped because of this move.
     pub(super) fn has_paused_guest(&self) -> bool {
         self.engine.progress().phase.is_some_and(Phase::guest_paused)
+    }
+
+    /// Whether the guest has gone on at the destination, and some of its memory is still only here.
+    pub(super) fn is_followed(&self) -> bool {
+        matches!(self.engine.progress().phase, Some(Phase::PostCopy | Phase::PostCopyPaused))
     }
 
     fn watch_and_settle(&self, shared: &Shared, machine: &Machine) {
@@ -246,6 +256,8 @@ pub(super) fn status_of(phase: Phase) -> &'static str {
         Phase::FirstPass | Phase::Rounds => "active",
         Phase::PreSwitchover => "pre-switchover",
         Phase::Pause | Phase::FinalPages | Phase::State | Phase::Commit => "device",
+        Phase::PostCopy => "postcopy-active",
+        Phase::PostCopyPaused => "postcopy-paused",
         Phase::Completed => "completed",
     }
 }
@@ -337,7 +349,7 @@ mod tests {
 
     #[test]
     fn every_phase_has_a_status_that_clients_know() {
-        let known = ["setup", "active", "pre-switchover", "device", "completed"];
+        let known = ["setup", "active", "pre-switchover", "device", "postcopy-active", "postcopy-paused", "completed"];
         let statuses: Vec<&str> = Phase::all().iter().map(|phase| status_of(*phase)).collect();
         assert!(statuses.iter().all(|status| known.contains(status)));
         // In the order in which QEMU goes through them.

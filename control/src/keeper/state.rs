@@ -64,6 +64,8 @@ pub(super) struct State {
     pub(super) incoming: Option<Incoming>,
     /// Whether the machine came from another host.
     pub(super) arrived: bool,
+    /// Some of its memory is still to come from there.
+    pub(super) filling: bool,
 }
 
 /// Who has the machine.
@@ -107,7 +109,7 @@ impl Incoming {
 
     /// Whether it has been handed over, and will be this process's in a moment.
     fn is_being_taken_up(&self) -> bool {
-        matches!(self.phase, Some(Phase::Commit | Phase::Completed)) && !self.is_in_doubt()
+        matches!(self.phase, Some(Phase::Commit | Phase::PostCopy | Phase::Completed)) && !self.is_in_doubt()
     }
 
     /// Whose it is, as far as is known here.
@@ -119,7 +121,7 @@ impl Incoming {
                     "the machine that came from {peer} has been handed over, and is not this process's yet: {waits_for}"
                 )
             }
-            (Some(Phase::Commit | Phase::Completed), _) => {
+            (Some(Phase::Commit | Phase::PostCopy | Phase::Completed), _) => {
                 format!(
                     "the machine that came from {peer} has been handed over and is being taken up: ask again in a moment"
                 )
@@ -141,6 +143,7 @@ impl Shared {
             holding: None,
             incoming: None,
             arrived: false,
+            filling: false,
         };
         Shared {
             hub,

@@ -76,9 +76,9 @@ impl Shared {
     }
 
     /// What was won.
-    pub(super) fn into_holding(self, right: RightToRun, nonce: Nonce) -> Holding {
+    pub(super) fn into_holding(self, right: RightToRun, nonce: Nonce, incomplete: bool) -> Holding {
         let me = self.host.claimant(self.source.claimant.machine.clone());
-        let claim = me.claim(right.epoch(), nonce);
+        let claim = Claim { incomplete, ..me.claim(right.epoch(), nonce) };
         Holding::new(self.directory, self.store, self.host, claim, right)
     }
 

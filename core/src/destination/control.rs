@@ -26,6 +26,7 @@ use crate::ownership::destination::{self as rules, DestinationHandover, Dropped}
 use crate::ownership::store::ClaimAnswer;
 use crate::ownership::{Claim, Epoch, Nonce, RightToRun};
 use crate::plants::{Plant, planted};
+use crate::postcopy::{Missing, PageChannel};
 use crate::source::MAX_CHANNELS;
 
 /// What the driver tells.
@@ -39,6 +40,8 @@ pub enum Input {
     MemoryTaken(Result<MemoryOffer, String>),
     /// The machine was judged.
     Checked(Verdict),
+    /// Whether the machine's memory can be filled while its guest runs: why not.
+    FillingJudged(Option<String>),
     /// The machine was built and the rehearsed state loaded; how long the load took.
     Built(Result<Duration, String>),
     /// All data channels are open, or not.
@@ -69,6 +72,8 @@ pub enum Input {
     Claimed(ClaimAnswer),
     /// Time has passed since [`Action::Wait`].
     Retry,
+    /// In post-copy no page is missing any more.
+    Filled,
     /// The machine runs, or not.
     Started(Result<Vec<TimedStep>, String>),
 }
@@ -82,6 +87,17 @@ pub enum Action {
     TakeMemory(MemoryOffer),
     /// Judge the machine, answer what the source asks, and look for its claims.
     Check(MachineDescription, Vec<u8>, Option<SharedClaims>),
+    /// Judge whether its memory could be filled while its guest runs, too.
+    CheckFilling,
+    /// Judge whether that can be now.
+    JudgeFilling,
+    /// Wait for the channels for pages.
+    OpenPages {
+        /// Their first index.
+        first: u16,
+    },
+    /// Note pages that will be missing when the guest goes on.
+    NoteMissing(Missing),
     /// Build it and load the rehearsal.
     Build {
         /// As it was agreed on.
@@ -102,7 +118,7 @@ pub enum Action {
     Attach,
     /// The source's round, for display.
     Round(u32),
-    /// Load the state.
+    /// Load the state. If pages will be missing, those that are needed for it are asked for.
     Load(Vec<Section>, LoadContext),
     /// Claim it.
     Claim(Claim),
@@ -160,6 +176,20 @@ struct Receiving {
     sum: u64,
     state: Option<Vec<Section>>,
     table: Option<u64>,
+    pages: Pages,
+}
+
+/// What is known of pages that will be missing when the guest goes on (post-copy).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// None will.
+    AllHere,
+    /// Whether that can be is being looked at.
+    Judging,
+    /// It can be.
+    MayBeMissing,
+    /// It was said which.
+    Missing,
 }
 
 /// The destination's control plane.
@@ -171,6 +201,8 @@ pub struct DestinationControl {
     verify: bool,
     /// Memory that was handed over: nothing will be sent.
     memory: Option<MemoryOffer>,
+    /// The source may want its memory filled while its guest runs.
+    filling_wanted: bool,
     /// How long to keep what has arrived if the links break.
     keep: Option<Duration>,
     /// The data channels have been open.
@@ -192,12 +224,18 @@ impl DestinationControl {
             channels: 0,
             verify: true,
             memory: None,
+            filling_wanted: false,
             keep: None,
             opened: false,
             peer,
             handover: None,
             actions,
         }
+    }
+
+    /// Who the source is, for messages.
+    pub fn peer(&self) -> &str {
+        &self.peer
     }
 
     /// The rules, once the guest runs and only its marker is left to be made.
@@ -268,6 +306,10 @@ impl DestinationControl {
                 self.act(Action::Send(Message::MemoryTaken(refused)));
                 State::Preflight
             }
+            (state @ State::Preflight, Input::Message(Message::PostCopyWanted(()))) => {
+                self.filling_wanted = true;
+                state
+            }
             (State::Preflight, Input::Message(Message::Preflight(request))) => self.preflight(request),
             (State::Checking(request), Input::Checked(verdict)) => {
                 let go_on = verdict.refusals.is_empty();
@@ -330,6 +372,9 @@ impl DestinationControl {
             return self
                 .abort(format!("{} data channels were asked for, {fewest} to {most} are possible", request.channels));
         }
+        if self.filling_wanted {
+            self.act(Action::CheckFilling);
+        }
         self.act(Action::Check(request.machine.clone(), request.question.clone(), request.claims.clone()));
         State::Checking(Box::new(request))
     }
@@ -343,6 +388,23 @@ impl DestinationControl {
             }
             Input::Message(Message::Round(round)) => self.act(Action::Round(round.round)),
             Input::Message(Message::State(sections)) => receiving.state = Some(sections),
+            Input::Message(Message::PostCopy(())) if receiving.pages == Pages::AllHere && self.channels > 0 => {
+                receiving.pages = Pages::Judging;
+                self.act(Action::JudgeFilling);
+            }
+            Input::FillingJudged(objection) if receiving.pages == Pages::Judging => {
+                receiving.pages = if objection.is_none() { Pages::MayBeMissing } else { Pages::AllHere };
+                self.act(Action::Send(Message::PostCopyAnswer(objection)));
+                if receiving.pages == Pages::MayBeMissing {
+                    self.act(Action::OpenPages { first: PageChannel::Fault.index(self.channels) });
+                }
+            }
+            Input::Message(Message::Missing(missing)) if receiving.pages == Pages::MayBeMissing => {
+                if missing.last {
+                    receiving.pages = Pages::Missing;
+                }
+                self.act(Action::NoteMissing(missing));
+            }
             Input::Message(Message::Table(table)) => receiving.table = Some(table.sum),
             Input::Message(message) => return self.abort(format!("{} has no place here", message.name())),
             _ => {}
@@ -355,6 +417,13 @@ impl DestinationControl {
             // Invariant 4: nothing is loaded over memory that is not what was sent.
             return self.abort("the memory that arrived is not what was sent (the page tables differ)".into());
         }
+        match (receiving.pages, &mut self.handover) {
+            (Pages::AllHere, _) | (Pages::Missing, None) => {}
+            (Pages::Missing, Some(handover)) => handover.without_all_memory(),
+            (Pages::Judging | Pages::MayBeMissing, _) => {
+                return self.abort("it was not said which pages are missing".into());
+            }
+        }
         if planted(Plant::ReadyBeforeLoad) {
             return self.ready(Vec::new());
         }
@@ -364,7 +433,14 @@ impl DestinationControl {
 
     fn open_data(&mut self, context: LoadContext) -> State {
         self.act(Action::OpenData { channels: self.channels });
-        State::Receiving(Receiving { context, open_channels: self.channels, sum: 0, state: None, table: None })
+        State::Receiving(Receiving {
+            context,
+            open_channels: self.channels,
+            sum: 0,
+            state: None,
+            table: None,
+            pages: Pages::AllHere,
+        })
     }
 
     /// The links broke while memory was being received.

@@ -1,6 +1,7 @@
 //! The destination in life: threads, channels and a clock around [`DestinationControl`].
 
 mod links;
+mod pages;
 
 use std::io;
 use std::sync::Arc;
@@ -9,17 +10,22 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+pub use self::links::{accept, start as start_link};
 use super::claims::Shared as SharedClaims;
 use super::control::{Action, DestinationControl, Input};
+use super::filling::{Filling, Links, Service};
 use super::receiving::{DestinationPages, ReceivingChannel};
 use super::{DestinationOptions, DestinationOutcome};
 use crate::channel::{Channel, HangUp, IncomingData, SessionToken};
 use crate::layout::Layout;
 use crate::link::ControlLink;
-use crate::machine::{DestinationHost, DestinationMachine, LoadContext, MachineDescription, MachineError, Refusal};
+use crate::machine::{
+    DestinationHost, DestinationMachine, LoadContext, MachineDescription, MachineError, Refusal, Section,
+};
 use crate::message::{self, Message, PrepareRequest, TimedStep};
 use crate::ownership::{CALL_LIMIT, Claim, Nonce, RETRY_GAP, RightToRun};
 use crate::phase::Phase;
+use crate::postcopy::Wanted;
 use crate::progress::{Event, Observer, Report, Step};
 use crate::random;
 use crate::table::{PageHasher, PageTable};
@@ -31,7 +37,7 @@ const TICK: Duration = Duration::from_millis(200);
 const AWAY_TICK: Duration = Duration::from_millis(20);
 
 /// What happened, and on which links.
-type FromLinks = (u32, Input);
+pub(super) type FromLinks = (u32, Input);
 
 /// One attempt to take a machine in.
 pub struct Driver<'a, H: DestinationHost> {
@@ -53,6 +59,18 @@ pub struct Driver<'a, H: DestinationHost> {
     idle: Vec<ReceivingChannel>,
     workers: Vec<JoinHandle<ReceivingChannel>>,
     hang_ups: Vec<Arc<dyn HangUp>>,
+    /// As it was agreed on.
+    description: Option<MachineDescription>,
+    /// Whether memory can be filled while the guest runs is to be judged in preflight.
+    check_filling: bool,
+    /// The channels for pages, until they are served, and how many pages are known to be missing.
+    page_channels: Vec<Channel>,
+    wanted: Option<Wanted>,
+    first_page_channel: u16,
+    /// Fills memory while the guest runs.
+    service: Option<Arc<Service>>,
+    /// Why these links are of no use any more.
+    lost: Option<String>,
     /// A control channel of this session that has come back, and is not taken up yet.
     returned: Option<Channel>,
     /// Until when to wait for one.
@@ -99,6 +117,13 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             idle: Vec::new(),
             workers: Vec::new(),
             hang_ups: Vec::new(),
+            description: None,
+            check_filling: false,
+            page_channels: Vec::new(),
+            wanted: None,
+            first_page_channel: 0,
+            service: None,
+            lost: None,
             returned: None,
             away_until: None,
             last_word_until: None,
@@ -118,6 +143,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 match action {
                     Action::Own { running, right } => return self.own(running, right),
                     Action::Lose(why) => {
+                        self.stop_filling();
                         self.hang_up();
                         return DestinationOutcome::Dropped(why);
                     }
@@ -129,6 +155,9 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             match self.inputs.recv_timeout(tick) {
                 Ok((links, input)) if links == self.links => {
                     self.link_lost |= matches!(input, Input::LinkLost(_));
+                    if let Input::LinkLost(why) | Input::ChannelLost(why) = &input {
+                        self.lost = Some(why.clone());
+                    }
                     self.control.handle(input);
                 }
                 // Late.
@@ -153,11 +182,31 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             Action::Check(machine, question, claims) => {
                 self.enter(Phase::Preflight);
                 let mut verdict = self.host.check(&machine, &question);
+                if self.check_filling {
+                    verdict.refusals.extend(self.host.check_filling(&machine).err());
+                }
                 verdict.refusals.extend(self.agree_on_claims(claims.as_ref(), &machine.name).err());
                 for warning in &verdict.warnings {
                     tracing::warn!("{warning}");
                 }
                 self.control.handle(Input::Checked(verdict));
+            }
+            Action::CheckFilling => self.check_filling = true,
+            Action::JudgeFilling => {
+                let objection = match &self.description {
+                    Some(machine) => self.host.check_filling(machine).err().map(|refusal| refusal.reason),
+                    None => Some("there is no machine yet".into()),
+                };
+                self.control.handle(Input::FillingJudged(objection));
+            }
+            Action::OpenPages { first } => {
+                let opened = self.open_pages(first).map_err(|error| error.to_string());
+                self.control.handle(Input::DataOpened(opened));
+            }
+            Action::NoteMissing(part) => {
+                if let Err(why) = self.note_missing(&part) {
+                    self.control.handle(Input::Nonsense(why));
+                }
             }
             Action::Build { machine, request } => {
                 self.enter(Phase::Prepare);
@@ -175,12 +224,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             Action::Round(_) => {}
             Action::Load(sections, context) => {
                 self.enter(Phase::State);
-                let began = Instant::now();
-                let loaded = match &mut self.machine {
-                    Some(machine) => machine.load(&sections, &context).map_err(|error| error.to_string()),
-                    None => Err("there is no machine to load into".into()),
-                };
-                let steps = loaded.map(|()| vec![self.step("load state", began)]);
+                let steps = self.load(&sections, &context).map_err(|error| error.to_string());
                 self.control.handle(Input::Loaded(steps));
             }
             Action::Claim(claim) => {
@@ -285,13 +329,32 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         };
         self.pages = Some(Arc::new(pages));
         self.machine = Some(machine);
+        self.description = Some(description.clone());
         self.data.expect_return(self.token);
         Ok(load)
+    }
+
+    /// Loads the state, with the pages that are missing being served from before it: KVM itself touches guest memory.
+    fn load(&mut self, sections: &[Section], context: &LoadContext) -> Result<Vec<TimedStep>, MachineError> {
+        let mut steps = Vec::new();
+        if self.wanted.is_some() {
+            let began = Instant::now();
+            self.begin_to_fill()?;
+            steps.push(self.step("forget stale pages", began));
+        }
+        let began = Instant::now();
+        let machine = self.machine.as_mut().ok_or_else(|| MachineError::new("there is no machine to load into"))?;
+        machine.load(sections, context)?;
+        steps.push(self.step("load state", began));
+        Ok(steps)
     }
 
     /// The machine is this end's, and so is its memory: lets it run, or not.
     fn start(&mut self, run: bool) -> Result<(), MachineError> {
         let Some(machine) = &mut self.machine else { return Ok(()) };
+        if let Some(service) = &self.service {
+            service.own();
+        }
         let began = Instant::now();
         machine.own_memory()?;
         let owned = Instant::now();
@@ -307,21 +370,40 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
     }
 
     fn own(mut self, running: bool, right: Option<(RightToRun, Nonce)>) -> DestinationOutcome<H::Machine> {
-        self.enter(Phase::Completed);
+        self.enter(if self.service.is_some() { Phase::PostCopy } else { Phase::Completed });
         self.join();
         self.report.total_ms = self.began.elapsed().as_secs_f64() * 1e3;
         self.report.wire_bytes = self.link.wire_bytes();
         match self.machine.take() {
             Some(machine) => {
                 let holding = self.claims.take().zip(right);
-                let holding = holding.map(|(claims, (right, nonce))| Arc::new(claims.into_holding(right, nonce)));
-                DestinationOutcome::Owned { machine, running, holding, report: self.report }
+                let incomplete = self.service.is_some();
+                let holding =
+                    holding.map(|(claims, (right, nonce))| Arc::new(claims.into_holding(right, nonce, incomplete)));
+                let filling = self.service.take().map(|service| {
+                    Filling::new(Links {
+                        service,
+                        link: self.link,
+                        number: self.links,
+                        lost: self.lost,
+                        returned: self.returned,
+                        sender: self.sender,
+                        inputs: self.inputs,
+                        first_channel: self.first_page_channel,
+                        peer: self.control.peer().to_owned(),
+                        observer: self.observer,
+                        silence_limit: self.options.silence_limit,
+                        holding: holding.clone(),
+                    })
+                });
+                DestinationOutcome::Owned { machine, running, holding, filling, report: self.report }
             }
             None => DestinationOutcome::Ended("there is no machine".into()),
         }
     }
 
     fn give_up(mut self, why: String) -> DestinationOutcome<H::Machine> {
+        self.stop_filling();
         self.hang_up();
         DestinationOutcome::Ended(why)
     }

@@ -3,6 +3,7 @@
 mod claims;
 pub mod control;
 mod driver;
+pub mod filling;
 pub mod receiving;
 mod worker;
 
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 pub use self::claims::ClaimOptions;
 use self::driver::Driver;
+pub use self::filling::Filling;
 pub use self::receiving::{DestinationPages, ReceivingChannel};
 use crate::link::{ControlLink, LinkEnd};
 
@@ -65,6 +67,8 @@ pub enum DestinationOutcome<M> {
         running: bool,
         /// Its claims, if it has any.
         holding: Option<Arc<Holding>>,
+        /// Its memory is not complete yet (post-copy): what is left to be done for that.
+        filling: Option<Filling>,
         /// How it went, as seen from here.
         report: Report,
     },

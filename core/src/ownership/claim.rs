@@ -5,6 +5,8 @@
 //! ```text
 //! godwit1 machine=fw1 n=7 host=kvm1 boot=d2b7… instance=4f31… nonce=00c0ffee00c0ffee
 //! ```
+//!
+//! One more word, `incomplete`, says that the guest goes on there before all of its memory is there (post-copy).
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -134,7 +136,7 @@ pub struct Claimant {
 impl Claimant {
     /// This claimant's claim of an epoch.
     pub fn claim(&self, epoch: Epoch, nonce: Nonce) -> Claim {
-        Claim { claimant: self.clone(), epoch, nonce }
+        Claim { claimant: self.clone(), epoch, nonce, incomplete: false }
     }
 }
 
@@ -147,7 +149,12 @@ pub struct Claim {
     pub epoch: Epoch,
     /// By which attempt.
     pub nonce: Nonce,
+    /// Whether memory was still to come when the epoch was claimed ([`Marker::Complete`] says that it has).
+    pub incomplete: bool,
 }
+
+/// The last word of a claim for which memory was still to come.
+const INCOMPLETE: &str = "incomplete";
 
 impl fmt::Display for Claim {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -156,7 +163,11 @@ impl fmt::Display for Claim {
             formatter,
             "{FORMAT} machine={machine} n={} host={host} boot={boot_id} instance={instance} nonce={:016x}",
             self.epoch, self.nonce.0
-        )
+        )?;
+        match self.incomplete {
+            true => write!(formatter, " {INCOMPLETE}"),
+            false => Ok(()),
+        }
     }
 }
 
@@ -183,10 +194,12 @@ impl FromStr for Claim {
         let boot_id = name("boot", field("boot")?)?;
         let instance = name("instance", field("instance")?)?;
         let nonce = parse_nonce(field("nonce")?).ok_or(ClaimError::Field("nonce"))?;
-        match words.next() {
-            Some(_) => Err(ClaimError::Trailing),
-            None => Ok(Self { claimant: Claimant { machine, host, boot_id, instance }, epoch, nonce }),
-        }
+        let incomplete = match (words.next(), words.next()) {
+            (None, _) => false,
+            (Some(INCOMPLETE), None) => true,
+            (Some(_), _) => return Err(ClaimError::Trailing),
+        };
+        Ok(Self { claimant: Claimant { machine, host, boot_id, instance }, epoch, nonce, incomplete })
     }
 }
 
@@ -210,6 +223,8 @@ fn parse_nonce(text: &str) -> Option<Nonce> {
 pub enum Marker {
     /// The guest has run in this epoch.
     Running,
+    /// All of its memory is there, in an epoch that was claimed without it.
+    Complete,
     /// The machine was ended cleanly in this epoch: anybody may claim the next.
     Free,
 }
@@ -258,8 +273,10 @@ mod tests {
             boot_id,
             instance,
         });
-        (claimant, 1..=u64::MAX, any::<u64>())
-            .prop_map(|(claimant, n, nonce)| claimant.claim(Epoch::new(n).unwrap(), Nonce(nonce)))
+        (claimant, 1..=u64::MAX, any::<u64>(), any::<bool>()).prop_map(|(claimant, n, nonce, incomplete)| Claim {
+            incomplete,
+            ..claimant.claim(Epoch::new(n).unwrap(), Nonce(nonce))
+        })
     }
 
     #[test]
@@ -286,7 +303,9 @@ mod tests {
             "godwit1 machine=m n=7 host=h/x boot=b instance=i nonce=00000000000000aa",
             "godwit1 machine=m n=7 host=h boot=b instance=i nonce=00000000000000AA",
             "godwit1 machine=m n=7 host=h boot=b instance=i nonce=aa",
-            "godwit1 machine=m n=7 host=h boot=b instance=i nonce=00000000000000aa incomplete",
+            "godwit1 machine=m n=7 host=h boot=b instance=i nonce=00000000000000aa complete",
+            "godwit1 machine=m n=7 host=h boot=b instance=i nonce=00000000000000aa incomplete ",
+            "godwit1 machine=m n=7 host=h boot=b instance=i nonce=00000000000000aa incomplete incomplete",
             "godwit1 machine=m n=7 host=h boot=b instance=i nonce=00000000000000aa\n",
             "godwit1 machine=m  n=7 host=h boot=b instance=i nonce=00000000000000aa",
             "godwit1 n=7 machine=m host=h boot=b instance=i nonce=00000000000000aa",
@@ -333,10 +352,10 @@ mod tests {
         }
 
         #[test]
-        fn entry_names_round_trip(n in 1..=u64::MAX, free in any::<bool>()) {
+        fn entry_names_round_trip(n in 1..=u64::MAX) {
             let epoch = Epoch::new(n).unwrap();
-            let marker = if free { Marker::Free } else { Marker::Running };
-            for name in [EntryName::Claim(epoch), EntryName::Marker(epoch, marker)] {
+            let markers = <Marker as strum::VariantArray>::VARIANTS.iter().map(|marker| EntryName::Marker(epoch, *marker));
+            for name in markers.chain([EntryName::Claim(epoch)]) {
                 prop_assert_eq!(EntryName::parse(&name.to_string()), Some(name));
             }
         }

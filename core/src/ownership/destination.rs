@@ -80,6 +80,8 @@ pub enum Dropped {
 pub struct DestinationHandover {
     me: Claimant,
     epoch: Epoch,
+    /// Memory is still to come when the guest goes on.
+    incomplete: bool,
     rules: Rules,
     state: State,
 }
@@ -98,7 +100,12 @@ impl DestinationHandover {
     /// A machine is coming in. `epoch` is to be claimed: the one after the source's, whose claim this end has seen itself
     /// in preflight.
     pub fn new(me: Claimant, epoch: Epoch, rules: Rules) -> Self {
-        Self { me, epoch, rules, state: State::Loading }
+        Self { me, epoch, incomplete: false, rules, state: State::Loading }
+    }
+
+    /// The guest is to go on before all of its memory is there: the claim says so.
+    pub fn without_all_memory(&mut self) {
+        self.incomplete = true;
     }
 
     /// Whether the move can still be called off by the source.
@@ -131,7 +138,8 @@ impl DestinationHandover {
                 (State::Over, vec![Action::Drop(Dropped::WrongEpoch(epoch))])
             }
             (State::Waiting, Input::Commit(epoch, nonce)) => {
-                let attempt = Attempt::new(self.me.claim(epoch, nonce), self.rules);
+                let claim = Claim { incomplete: self.incomplete, ..self.me.claim(epoch, nonce) };
+                let attempt = Attempt::new(claim, self.rules);
                 if self.rules.broken(Plant::RunBeforeClaim) {
                     let right = attempt.taken_for_granted();
                     return (State::Starting(epoch), vec![Action::Claim(attempt.claim().clone()), Action::Run(right)]);

@@ -44,7 +44,11 @@ impl DirectoryStore {
         let running = self.is_marked(epoch, Marker::Running)?;
         let free = self.is_marked(epoch, Marker::Free)?;
         let since = fs::symlink_metadata(self.entry(EntryName::Claim(epoch))).and_then(|data| data.modified()).ok();
-        Ok(Some(Record { epoch, occupant, since, running, free }))
+        let complete = match &occupant {
+            Occupant::Claim(Claim { incomplete: true, .. }) => self.is_marked(epoch, Marker::Complete)?,
+            _ => true,
+        };
+        Ok(Some(Record { epoch, occupant, since, running, free, complete }))
     }
 
     fn entry(&self, name: EntryName) -> PathBuf {

@@ -259,6 +259,22 @@ impl Holding {
         }
     }
 
+    /// All of the machine's memory is there, in an epoch that was claimed without it. Tried on a thread of its own until the store has it:
+    /// nothing waits for it.
+    pub fn mark_complete(&self) {
+        let (epoch, Some(Life { store, .. })) = (self.claim().epoch, &self.life) else { return };
+        let store = store.clone();
+        let marked = thread::Builder::new().name("claims-mark".into()).spawn(move || {
+            while let MarkAnswer::Unknown(why) = store.mark(epoch, Marker::Complete, CALL_LIMIT) {
+                tracing::warn!("the claims do not show yet that the guest's memory is complete: {why}");
+                thread::sleep(RETRY_GAP);
+            }
+        });
+        if let Err(error) = marked {
+            tracing::error!("no thread could be started to say in the claims that memory is complete: {error}");
+        }
+    }
+
     /// The machine has been ended cleanly: the guest never runs again in this epoch, to which [`Marker::Free`] is to be added. `None` if it is
     /// not held.
     pub fn give_up(&self) -> Option<Epoch> {

@@ -112,6 +112,7 @@ impl ModelledStore {
             since: None,
             running: marked(Marker::Running),
             free: marked(Marker::Free),
+            complete: true,
         })
     }
 }

@@ -251,7 +251,7 @@ mod tests {
 
     fn claim_of(claimant: Claimant, n: u64) -> Record {
         let occupant = Occupant::Claim(claimant.claim(epoch(n), Nonce(7)));
-        Record { epoch: epoch(n), occupant, since: None, running: false, free: false }
+        Record { epoch: epoch(n), occupant, since: None, running: false, free: false, complete: true }
     }
 
     /// What comes of a start that sees this.

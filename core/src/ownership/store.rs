@@ -64,6 +64,8 @@ pub struct Record {
     pub running: bool,
     /// Whether `n.free` is there.
     pub free: bool,
+    /// Whether all of the guest's memory is known to be there: it always was, or `n.complete` is there.
+    pub complete: bool,
 }
 
 impl Record {

@@ -11,6 +11,9 @@
 //!
 //! Memory that is handed over instead of being sent skips from *prepare* to *pause* (`control/handing_over.rs`).
 //!
+//! In post-copy the guest goes on at the destination before all of its memory is there: *commit* is followed by *postcopy*, and nothing is left
+//! to be sent before it (`control/postcopying.rs`).
+//!
 //! A link that breaks between *first-pass* and *state* is made anew, and the rounds go on (`control/reconnecting.rs`).
 //!
 //! Whatever goes wrong before *commit* takes one way out (`SourceControl::end`), after which the guest is as it was.
@@ -20,6 +23,7 @@
 mod ending;
 mod handing_over;
 mod measured;
+mod postcopying;
 mod reconnecting;
 mod rounds;
 mod setup;
@@ -31,6 +35,7 @@ use std::time::Duration;
 use self::ending::Ending;
 pub use self::measured::HANDOVER_TRIPS;
 use self::measured::{Clock, FixedCost};
+use self::postcopying::PostCopying;
 use self::reconnecting::{LastBreak, Reconnecting};
 pub(crate) use self::rounds::TELLING_ROUND_BYTES;
 pub(crate) use self::setup::probe_bytes;
@@ -87,6 +92,10 @@ pub struct SourceControl {
     /// Memory is handed over instead of being sent.
     hands_over: bool,
     session: Option<SessionToken>,
+    /// What data channels show.
+    data_token: Option<SessionToken>,
+    /// The move goes over to post-copy, or has.
+    postcopy: Option<PostCopying>,
     /// How the last break went.
     last_break: Option<LastBreak>,
 
@@ -156,6 +165,8 @@ impl SourceControl {
             peer_features: 0,
             hands_over: false,
             session: None,
+            data_token: None,
+            postcopy: None,
             last_break: None,
             machine: None,
             question: Vec::new(),
@@ -198,6 +209,9 @@ impl SourceControl {
         if let Some(reconnecting) = &self.reconnecting {
             return Some(reconnecting.deadline(self.options.reconnect_timeout));
         }
+        if let Some(deadline) = self.postcopy.as_ref().and_then(PostCopying::deadline) {
+            return Some(deadline);
+        }
         let limit = match self.phase {
             Phase::Handshake => HANDSHAKE_LIMIT,
             Phase::Preflight => PREFLIGHT_LIMIT,
@@ -211,7 +225,9 @@ impl SourceControl {
                 let timeout = self.options.timeout.filter(|_| !self.cut);
                 return queue.into_iter().chain(timeout).min();
             }
-            Phase::Connect | Phase::PreSwitchover | Phase::Completed => return None,
+            Phase::Connect | Phase::PreSwitchover => return None,
+            // Neither end gives up by itself.
+            Phase::PostCopy | Phase::PostCopyPaused | Phase::Completed => return None,
         };
         Some(self.phase_since + limit)
     }
@@ -314,6 +330,12 @@ impl SourceControl {
             Input::Message(Message::Abort(why)) if self.phase <= Phase::Preflight => {
                 self.end(Ending::Refused(vec![Refusal::new("destination", why)]));
             }
+            Input::Message(Message::Abort(why)) if self.is_following() => {
+                self.unknown(format!(
+                    "{} has given the machine up before all of its memory was there: {why}",
+                    self.peer_host
+                ));
+            }
             Input::Message(Message::Abort(why)) => self.fail(format!("{} gave up: {why}", self.peer_host)),
             Input::Message(message) => self.message(message),
             Input::Done(done) => self.done(done),
@@ -321,9 +343,13 @@ impl SourceControl {
                 self.link_up = false;
                 self.link_lost(why);
             }
+            Input::Unreachable { why, .. } if self.postcopy.is_some() => {
+                self.link_up = false;
+                self.link_lost(why);
+            }
             Input::Failed(what) | Input::Unreachable { why: what, .. } => self.fail(what),
             Input::Cancel if self.may_cancel().is_ok() => self.end(Ending::Cancelled),
-            Input::Proceed if self.phase == Phase::PreSwitchover => {
+            Input::Proceed if self.phase == Phase::PreSwitchover && self.postcopy.is_none() => {
                 self.proceed = true;
                 match self.hands_over {
                     true => self.act(Action::Flush),
@@ -331,7 +357,8 @@ impl SourceControl {
                 }
             }
             Input::DowntimeLimit(limit) => self.options.downtime_limit = limit,
-            Input::Proceed | Input::Cancel | Input::Release | Input::Tick => {}
+            Input::PostCopy if self.may_go_over().is_ok() => self.go_over("it was asked for".into(), false),
+            Input::Proceed | Input::PostCopy | Input::Abandon | Input::Cancel | Input::Release | Input::Tick => {}
         }
         self.check_deadline();
     }
@@ -342,6 +369,9 @@ impl SourceControl {
         }
         if self.reconnecting.is_some() {
             return self.reconnecting_overdue();
+        }
+        if self.postcopy.as_ref().and_then(PostCopying::deadline).is_some() {
+            return self.link_lost("it did not open the channels for pages in time".into());
         }
         let peer = &self.peer_host;
         match self.phase {
@@ -382,6 +412,7 @@ impl SourceControl {
                     return self.act(Action::Flush);
                 }
                 self.session = self.returns.then_some(prepared.token);
+                self.data_token = Some(prepared.token);
                 self.act(Action::OpenData { token: prepared.token, table_seed: self.table_seed });
             }
             (Phase::State, Message::Ready(steps)) => {
@@ -396,8 +427,14 @@ impl SourceControl {
                 self.note_running();
                 self.destination_steps(steps);
                 self.step("hand over");
-                self.moved();
+                match self.postcopy {
+                    None => self.moved(),
+                    Some(_) => self.follow(),
+                }
             }
+            (_, Message::PostCopyAnswer(refused)) if self.postcopy.is_some() => self.postcopy_answered(refused),
+            (Phase::PostCopy, Message::Complete(filled)) => self.followed(filled),
+            (Phase::PostCopy, Message::Running(_)) => self.note_follows(),
             (phase, message) => {
                 self.fail(format!("{} sent {}, which has no place in phase {phase}", self.peer_host, message.name()))
             }
@@ -425,13 +462,21 @@ impl SourceControl {
                 }
                 self.enter(Phase::FinalPages);
                 self.act(Action::Send(Message::State(sections)));
-                self.act(Action::SendFinal);
+                self.act(match self.postcopy {
+                    None => Action::SendFinal,
+                    Some(_) => Action::EndChannels,
+                });
             }
+            (Phase::FirstPass | Phase::Rounds | Phase::PreSwitchover, Done::PagesOpened) => self.pages_opened(),
             (Phase::PreSwitchover, Done::Flushed) if self.proceed => self.flushed(),
             (Phase::State, Done::LetGo) => self.let_go(),
             (Phase::FinalPages, Done::FinalSent { sum }) => {
                 self.step("final pages");
                 self.enter(Phase::State);
+                if self.postcopy.is_some() {
+                    self.act(Action::SendMissing);
+                    self.act(Action::Serve);
+                }
                 self.act(Action::Send(Message::Table(TableSum { sum })));
             }
             (Phase::Completed, Done::Audited(result)) => {

@@ -1,6 +1,7 @@
 //! The source's data channels: what exists from the first time they are open, and their workers.
 
 use std::io;
+use std::ops::Range;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -41,14 +42,19 @@ pub struct Data {
     workers: Vec<JoinHandle<SendingChannel>>,
 }
 
-/// Opens all data channels, one after the other.
-pub fn dial_all(dial: &dyn Dial, token: SessionToken, channels: u16, limit: Duration) -> io::Result<Vec<Channel>> {
+/// Opens data channels, one after the other.
+pub fn dial_all(
+    dial: &dyn Dial,
+    token: SessionToken,
+    channels: Range<u16>,
+    limit: Duration,
+) -> io::Result<Vec<Channel>> {
     let open = |index| {
         let cannot =
             |error: io::Error| io::Error::new(error.kind(), format!("cannot open data channel {index}: {error}"));
         dial.data(token, index, limit).map_err(cannot)
     };
-    (0..channels).map(open).collect()
+    channels.map(open).collect()
 }
 
 impl Data {

@@ -6,6 +6,7 @@
 
 mod links;
 mod machine;
+mod pages;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use self::links::Opened;
 use self::machine::{Inquiring, Jobs};
+use self::pages::Pages;
 use super::applying::Applying;
 use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
 use super::data::Data;
@@ -67,6 +69,22 @@ pub enum Event {
         /// What it tells.
         told: WorkerTold,
     },
+    /// The channels for pages are open, or not.
+    PagesOpened {
+        /// The links that they are to be of.
+        links: u32,
+        /// Both of them.
+        opened: std::io::Result<Vec<Channel>>,
+    },
+    /// A channel for pages broke; why.
+    PagesLost {
+        /// The links that it is of.
+        links: u32,
+        /// Why.
+        why: String,
+    },
+    /// Let the guest go on at the destination before its memory is there, and say whether that is possible.
+    PostCopy(Sender<Result<(), String>>),
     /// The workers of links that broke have ended.
     BrokenOff(Vec<SendingChannel>),
     /// Call the move off, and say whether that is still possible.
@@ -98,6 +116,7 @@ pub struct Driver {
     silence_told: bool,
     link_lost: bool,
     data: Option<Data>,
+    pages: Pages,
     probe: Option<Probe>,
     round: Option<Round>,
     applying: Applying,
@@ -146,6 +165,7 @@ impl Driver {
             silence_told: false,
             link_lost: false,
             data: None,
+            pages: Pages::default(),
             probe: None,
             round: None,
             applying: Applying::default(),
@@ -191,6 +211,17 @@ impl Driver {
             Event::Heard { .. } => {}
             Event::DataOpened { links, opened } => self.data_opened(links, opened),
             Event::Worker { links, index, told } => self.worker(links, index, told),
+            Event::PagesOpened { links, opened } => self.pages_opened(links, opened),
+            Event::PagesLost { links, why } if links == self.links => self.input(Input::LinkLost(why)),
+            Event::PagesLost { .. } => {}
+            Event::PostCopy(answer) => {
+                let allowed = self.control.may_go_over();
+                // Whether anybody still waits for the answer makes no difference.
+                let _ = answer.send(allowed.clone());
+                if allowed.is_ok() {
+                    self.input(Input::PostCopy);
+                }
+            }
             Event::BrokenOff(channels) => {
                 let Some(data) = &mut self.data else { return };
                 let broken = data.break_off(channels);
@@ -211,6 +242,7 @@ impl Driver {
         self.link_lost |= heard.is_err();
         match heard {
             Ok(Message::Applied(applied)) => self.applied(applied),
+            Ok(Message::Missing(part)) => self.still_missing(&part),
             Ok(message) => self.input(Input::Message(message)),
             Err(LinkEnd::Broken(why)) => self.input(Input::LinkLost(why)),
             Err(LinkEnd::Nonsense(why)) => {
@@ -262,6 +294,12 @@ impl Driver {
             }
             Action::Send(message) => self.send(message),
             Action::CutRound => self.handle.flow.cut_round(),
+            Action::UncutRounds => self.handle.flow.uncut_rounds(),
+            Action::OpenPages { token } => self.open_pages(token),
+            Action::LeavePages => self.leave_pages(),
+            Action::SendMissing => self.send_missing(),
+            Action::Serve => self.serve(),
+            Action::Push => self.pages.push(),
             Action::HangUp => self.hang_up(),
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.connect(None),
@@ -295,6 +333,7 @@ impl Driver {
             Action::AwaitQueue => self.queue_awaited = !self.queue_empty(),
             Action::StopGuest => self.stop_guest(),
             Action::SendFinal => self.order(Order::Final, usize::MAX),
+            Action::EndChannels => self.order(Order::End, usize::MAX),
             Action::LetGo => self.job(jobs::let_go),
             Action::Restore { resume } => self.restore(resume),
             Action::Settle(patience) => self.settle(patience),
@@ -317,7 +356,7 @@ impl Driver {
         if let Err(error) = link.send(&message) {
             tracing::debug!("cannot send {}: {error}", message.name());
         }
-        if let Message::Abort(_) = message {
+        if let Message::Abort(_) | Message::Farewell(()) = message {
             link.finish();
         }
     }
@@ -381,17 +420,20 @@ impl Driver {
         self.hang_up();
         let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
         workers.into_iter().for_each(|worker| drop(worker.join()));
+        self.pages.dismiss().into_iter().for_each(|thread| drop(thread.join()));
         if let SourceOutcome::Moved(_) | SourceOutcome::Unknown(..) = outcome
             && let Err(error) = self.machine.dirty_log().stop()
         {
             tracing::warn!("cannot stop the dirty log of the machine that has moved: {error}");
         }
-        if !matches!(outcome, SourceOutcome::Moved(_)) {
+        let is_done = matches!(&outcome, SourceOutcome::Moved(report) if report.postcopy.is_none());
+        if !is_done {
             self.close_link();
         } else if let Some(link) = self.handle.link() {
             link.hang_up();
         }
-        SourceControl::complete(&mut outcome, self.handle.wire_bytes(), self.handle.flow.pages());
+        let flow = &self.handle.flow;
+        SourceControl::complete(&mut outcome, self.handle.wire_bytes(), flow.pages(), flow.postcopy());
         self.handle.ended(outcome);
     }
 }

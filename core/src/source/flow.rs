@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::sending::Pace;
 use crate::pacer::Pacer;
-use crate::progress::PageCounts;
+use crate::postcopy::PageChannel;
+use crate::progress::{PageCounts, PostCopyCounts};
 use crate::sync::lock;
 
 /// Shared by the coordinator, the workers and whoever holds the migration's handle.
@@ -17,7 +18,10 @@ pub struct Flow {
     pacer_changed: Condvar,
     stopped: AtomicBool,
     cut: AtomicBool,
+    /// Data channels, and behind them those for pages in post-copy.
     channels: Vec<ChannelFlow>,
+    /// Pages that were missing at the destination when the guest went on there.
+    missing_pages: AtomicU64,
 }
 
 /// One data channel's counters.
@@ -44,7 +48,8 @@ impl Flow {
             pacer_changed: Condvar::new(),
             stopped: AtomicBool::new(false),
             cut: AtomicBool::new(false),
-            channels: (0..channels).map(|_| ChannelFlow::default()).collect(),
+            channels: (0..channels + PageChannel::COUNT).map(|_| ChannelFlow::default()).collect(),
+            missing_pages: AtomicU64::new(0),
         }
     }
 
@@ -122,6 +127,34 @@ impl Flow {
         self.cut.store(true, Ordering::Release);
     }
 
+    /// Lets rounds be finished again.
+    pub fn uncut_rounds(&self) {
+        self.cut.store(false, Ordering::Release);
+    }
+
+    /// The number of a channel for pages.
+    pub fn page_channel(&self, channel: PageChannel) -> usize {
+        usize::from(channel.index((self.channels.len() as u16).saturating_sub(PageChannel::COUNT)))
+    }
+
+    /// Notes how many pages are missing at the destination.
+    pub fn missing(&self, pages: u64) {
+        self.missing_pages.store(pages, Ordering::Relaxed);
+    }
+
+    /// Pages that followed the guest.
+    pub fn postcopy(&self) -> PostCopyCounts {
+        let of = |channel| &self.channels[self.page_channel(channel)];
+        let (fault, push) = (of(PageChannel::Fault), of(PageChannel::Push));
+        let pages = |flow: &ChannelFlow| flow.raw.load(Ordering::Relaxed) + flow.zero.load(Ordering::Relaxed);
+        PostCopyCounts {
+            missing_pages: self.missing_pages.load(Ordering::Relaxed),
+            by_fault: pages(fault),
+            by_push: pages(push),
+            wire_bytes: fault.wire_bytes.load(Ordering::Relaxed) + push.wire_bytes.load(Ordering::Relaxed),
+        }
+    }
+
     /// Notes what a channel has written, and how much its socket was given meanwhile.
     pub fn wrote(&self, channel: usize, bytes: u64, wire_bytes: u64) {
         let flow = &self.channels[channel];
@@ -138,6 +171,13 @@ impl Flow {
         flow.untouched.store(counts.untouched, Ordering::Relaxed);
         flow.delta.store(counts.delta, Ordering::Relaxed);
         flow.same.store(counts.same, Ordering::Relaxed);
+    }
+
+    /// Pages that a channel has encoded, over all its links, if they have contents or are zeros.
+    pub fn plain_pages(&self, channel: usize) -> PageCounts {
+        let flow = &self.channels[channel];
+        let (raw, zero) = (flow.raw.load(Ordering::Relaxed), flow.zero.load(Ordering::Relaxed));
+        PageCounts { raw, zero, ..PageCounts::default() }
     }
 
     /// Bytes that a channel has encoded and written.

@@ -8,6 +8,7 @@ mod driver;
 mod flow;
 pub mod jobs;
 pub mod sending;
+mod serving;
 mod settler;
 mod state;
 pub mod tally;
@@ -40,6 +41,8 @@ pub enum OnStall {
     Abort,
     /// Stop the guest all the same and accept the longer pause.
     Force,
+    /// Let the guest go on at the destination, and send what is left of its memory after it ([`crate::postcopy`]).
+    PostCopy,
 }
 
 /// How pages may be compressed.
@@ -182,6 +185,11 @@ pub enum CancelError {
     Ended,
 }
 
+/// Why a move does not go over to post-copy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the move cannot go over to post-copy: {0}")]
+pub struct PostCopyError(String);
+
 /// A move under way, seen from the source. Cheap to clone; dropping it does not end the move.
 #[derive(Clone)]
 pub struct SourceMigration {
@@ -258,6 +266,20 @@ impl SourceMigration {
     /// Goes on from [`Phase::PreSwitchover`]; false if the move is not there.
     pub fn proceed(&self) -> bool {
         self.shared.phase() == Some(Phase::PreSwitchover) && self.shared.tell(Input::Proceed)
+    }
+
+    /// Lets the guest go on at the destination before all of its memory is there ([`crate::postcopy`]), as soon as the round under way has
+    /// been left.
+    pub fn go_over_to_postcopy(&self) -> Result<(), PostCopyError> {
+        let (answer, answered) = mpsc::channel();
+        self.shared.tell(Event::PostCopy(answer));
+        answered.recv().unwrap_or(Err("it has ended".into())).map_err(PostCopyError)
+    }
+
+    /// A person says that the destination, which runs the guest without all of its memory, is not to be waited for any more: the outcome is
+    /// [`SourceOutcome::Unknown`]. False unless the move is in [`Phase::PostCopyPaused`].
+    pub fn abandon(&self) -> bool {
+        self.shared.phase() == Some(Phase::PostCopyPaused) && self.shared.tell(Input::Abandon)
     }
 
     /// Goes on from [`SourceOptions::hold_at`].

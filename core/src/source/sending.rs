@@ -56,6 +56,8 @@ pub enum Order {
     },
     /// Send what is left, without cap, and end the channel.
     Final,
+    /// End the channel: what is left follows in another way.
+    End,
 }
 
 /// What a channel has done.
@@ -245,6 +247,11 @@ impl SendingChannel {
                 Work::Visit { next: self.index, visit }
             }
             Order::Final => Work::Visit { next: self.index, visit: Visit::Final },
+            Order::End => {
+                self.encoder.end();
+                self.flush = true;
+                Work::Finish(Report::Ended(self.sum))
+            }
         };
     }
 

@@ -168,6 +168,7 @@ impl Shared {
             max_bandwidth_bytes_per_s: self.flow.bytes_per_s(),
             downtime_limit_ms: milliseconds(noted.downtime_limit),
             pages: self.flow.pages(),
+            postcopy: self.flow.postcopy(),
         }
     }
 

@@ -255,6 +255,10 @@ impl World {
                 }
             }
             Action::Round(_) => {}
+            // No modelled move goes over to post-copy.
+            Action::CheckFilling | Action::JudgeFilling | Action::OpenPages { .. } | Action::NoteMissing(_) => {
+                self.violate("a machine is to be filled that nobody wanted to be");
+            }
             Action::Load(sections, context) => {
                 self.destination_blocks((process, end), Blocked::Loading(sections, context));
             }

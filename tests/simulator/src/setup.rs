@@ -157,7 +157,12 @@ fn plan(chance: &mut Chance) -> Planned {
     let soon = chance.time(us(10), ms(500));
     let when = match chance.below(10) {
         0 => When::At(chance.time(ms(50), Duration::from_secs(10))),
-        1..3 => When::In(*chance.pick(Phase::all()), soon),
+        1..3 => {
+            // No modelled move goes over to post-copy.
+            let modelled = |phase: &&Phase| !matches!(phase, Phase::PostCopy | Phase::PostCopyPaused);
+            let phases: Vec<_> = Phase::all().iter().filter(modelled).copied().collect();
+            When::In(*chance.pick(&phases), soon)
+        }
         3..5 => When::In(*chance.pick(&[Phase::FirstPass, Phase::Rounds]), soon),
         _ => When::In(*chance.pick(&HANDOVER), soon),
     };

@@ -260,6 +260,14 @@ impl World {
             Action::Say(text) => self.note(format_args!("p{process} says: {text}")),
             Action::Send(message) => self.source_sends(end, &message),
             Action::CutRound => end.cut = true,
+            Action::UncutRounds => end.cut = false,
+            // No modelled move goes over to post-copy.
+            Action::OpenPages { .. }
+            | Action::LeavePages
+            | Action::SendMissing
+            | Action::Serve
+            | Action::Push
+            | Action::EndChannels => self.violate("a move goes over to post-copy that nobody wanted to"),
             Action::HangUp => self.source_hangs_up(end),
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.source_dials((process, end), Dial::First),

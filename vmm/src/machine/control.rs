@@ -10,13 +10,18 @@ use super::{Inner, MachineEvent, MachineStatus};
 use crate::error::{VmmError, chain};
 use crate::kvm::line_is_unmasked;
 use crate::sync::lock;
-use crate::vcpu::Notice;
+use crate::vcpu::{Notice, Vcpu};
 use crate::workload::Header;
 use crate::workload::layout::HEADER;
 
 /// How long the machine's own thread waits for vCPUs to leave the guest, and for devices to complete what they are at, before
 /// it says that they are stuck.
 pub(super) const OWN_PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a vCPU of a machine that lacks pages may take to end.
+const DISMISS_LIMIT: Duration = Duration::from_secs(2);
+
+const DISMISS_POLL: Duration = Duration::from_millis(5);
 
 impl Inner {
     /// Stops all vCPUs and closes the devices' gates, or leaves the machine running as it was.
@@ -89,17 +94,23 @@ impl Inner {
         Ok(())
     }
 
-    /// Stops the machine for good.
-    pub(super) fn stop(&self) {
+    /// Stops the machine for good. False: something waits for a page that does not come, and ends with this process; it enters the guest no
+    /// more, and what it was at may still be written.
+    pub(super) fn stop(&self) -> bool {
+        let mut at_rest = true;
         {
             let _whole = lock(&self.whole);
             lock(&self.life).advance(MachineStatus::Stopped);
             self.throttle.set(1.0);
-            for vcpu in self.vcpus.iter() {
-                vcpu.stop();
+            if self.ram.is_filling() {
+                at_rest = self.dismiss_vcpus() & self.close_devices();
+            } else {
+                self.vcpus.iter().for_each(Vcpu::stop);
+                self.close_devices();
             }
-            self.close_devices();
-            self.devices.stop();
+            if at_rest {
+                self.devices.stop();
+            }
         }
         // Without the lock: the thread may be waiting for it.
         let supervisor = lock(&self.supervisor).take();
@@ -108,6 +119,20 @@ impl Inner {
         if other.is_some_and(|supervisor| supervisor.join().is_err()) {
             tracing::error!("the machine's thread panicked");
         }
+        at_rest
+    }
+
+    /// Lets all vCPUs end. False if one does not for a while: it is in the kernel, where it waits for a page.
+    fn dismiss_vcpus(&self) -> bool {
+        self.vcpus.iter().for_each(Vcpu::dismiss);
+        let until = Instant::now() + DISMISS_LIMIT;
+        while !self.vcpus.iter().all(Vcpu::has_ended) {
+            if Instant::now() >= until {
+                return false;
+            }
+            thread::sleep(DISMISS_POLL);
+        }
+        true
     }
 
     /// What a vCPU found out, on the machine's own thread.
@@ -129,7 +154,11 @@ impl Inner {
             (Notice::Reset, Err(error)) => self.fail(format!("the guest asked for a reboot, and that failed: {error}")),
             // A vCPU that does not leave the guest changes nothing about its end.
             (Notice::Shutdown(why), _) => {
-                self.close_devices();
+                if self.close_devices()
+                    && let Err(error) = self.ram.end_filling()
+                {
+                    tracing::error!("{}", chain(&error));
+                }
                 self.subscribers.tell(&MachineEvent::Shutdown { why });
             }
             (Notice::Fault(text), _) => self.fail(text),
@@ -143,12 +172,14 @@ impl Inner {
         self.subscribers.tell(&MachineEvent::Fault { text });
     }
 
-    /// Completes what the devices are at: nothing more will come.
-    fn close_devices(&self) {
+    /// Completes what the devices are at: nothing more will come. Whether that has been done.
+    fn close_devices(&self) -> bool {
         self.announcer.cancel();
-        if let Err(error) = self.devices.pause(Instant::now() + OWN_PAUSE_LIMIT) {
-            tracing::error!("what the guest wrote last may be lost: {}", chain(&error));
+        let closed = self.devices.pause(Instant::now() + OWN_PAUSE_LIMIT);
+        if let Err(error) = &closed {
+            tracing::error!("what the guest wrote last may be lost: {}", chain(error));
         }
+        closed.is_ok()
     }
 
     /// Presses the power button, if the guest listens to it.

@@ -374,3 +374,5 @@ mod with_claims {
         assert!(matches!(actions[..], [Action::GiveUp(_)]), "{actions:?}");
     }
 }
+
+mod postcopy;

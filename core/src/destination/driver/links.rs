@@ -1,6 +1,7 @@
 //! The links to the source: data channels and their workers, breaks, and the source's return.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::super::receiving::{DestinationPages, ReceivingChannel};
 use super::super::worker::{self, WorkerError};
 use super::{Driver, FromLinks, Input};
-use crate::channel::{Channel, SessionToken};
+use crate::channel::{Channel, IncomingData, SessionToken};
 use crate::link::{ControlLink, LinkEnd};
 use crate::machine::DestinationHost;
 use crate::random;
@@ -22,7 +23,7 @@ const RETURN_TICK: Duration = Duration::from_millis(100);
 const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
 
 /// Starts a control link's threads.
-pub(super) fn start(channel: Channel, links: u32, inputs: Sender<FromLinks>) -> io::Result<ControlLink> {
+pub fn start(channel: Channel, links: u32, inputs: Sender<FromLinks>) -> io::Result<ControlLink> {
     ControlLink::start(channel, move |heard| {
         let input = match heard {
             Ok(message) => Input::Message(message),
@@ -34,10 +35,45 @@ pub(super) fn start(channel: Channel, links: u32, inputs: Sender<FromLinks>) -> 
     })
 }
 
+/// The data channels of these numbers, in order; an error if the source comes back before they do.
+pub fn accept(
+    data: &mut dyn IncomingData,
+    returned: &mut Option<Channel>,
+    channels: Range<u16>,
+) -> io::Result<Vec<Channel>> {
+    let deadline = Instant::now() + OPEN_DATA_LIMIT;
+    let mut open: Vec<Option<Channel>> = channels.clone().map(|_| None).collect();
+    while open.iter().any(Option::is_none) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (index, channel) = match data.accept(left.min(RETURN_TICK)) {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !left.is_zero() => match is_back(data, returned) {
+                true => return Err(io::Error::other("the source came back before its data channels did")),
+                false => continue,
+            },
+            Err(error) => return Err(error),
+        };
+        let place = index.checked_sub(channels.start).and_then(|place| open.get_mut(usize::from(place)));
+        match place {
+            Some(open @ None) => *open = Some(channel),
+            _ => return Err(io::Error::other(format!("data channel {index} was not asked for"))),
+        }
+    }
+    Ok(open.into_iter().flatten().collect())
+}
+
+/// Whether a control channel of this session has come back.
+fn is_back(data: &mut dyn IncomingData, returned: &mut Option<Channel>) -> bool {
+    if returned.is_none() {
+        *returned = data.accept_return(Duration::ZERO).ok();
+    }
+    returned.is_some()
+}
+
 impl<H: DestinationHost> Driver<'_, H> {
     pub(super) fn open_data(&mut self, channels: u16) -> io::Result<()> {
         let Some(pages) = self.pages.clone() else { return Ok(()) };
-        let opened = self.accept_data(channels)?;
+        let opened = self.accept_data(0..channels)?;
         if self.idle.is_empty() {
             let new = (0..channels).map(|index| ReceivingChannel::new(&pages, index.into(), channels.into()));
             self.idle = new.collect::<io::Result<_>>()?;
@@ -49,26 +85,9 @@ impl<H: DestinationHost> Driver<'_, H> {
         Ok(())
     }
 
-    /// All data channels, in order.
-    fn accept_data(&mut self, channels: u16) -> io::Result<Vec<Channel>> {
-        let deadline = Instant::now() + OPEN_DATA_LIMIT;
-        let mut open: Vec<Option<Channel>> = (0..channels).map(|_| None).collect();
-        while open.iter().any(Option::is_none) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let (index, channel) = match self.data.accept(left.min(RETURN_TICK)) {
-                Ok(accepted) => accepted,
-                Err(error) if error.kind() == io::ErrorKind::TimedOut && !left.is_zero() => match self.is_back() {
-                    true => return Err(io::Error::other("the source came back before its data channels did")),
-                    false => continue,
-                },
-                Err(error) => return Err(error),
-            };
-            match open.get_mut(usize::from(index)) {
-                Some(open @ None) => *open = Some(channel),
-                _ => return Err(io::Error::other(format!("data channel {index} was not asked for"))),
-            }
-        }
-        Ok(open.into_iter().flatten().collect())
+    /// The data channels of these numbers, in order.
+    pub(super) fn accept_data(&mut self, channels: Range<u16>) -> io::Result<Vec<Channel>> {
+        accept(self.data, &mut self.returned, channels)
     }
 
     fn start_worker(
@@ -105,10 +124,7 @@ impl<H: DestinationHost> Driver<'_, H> {
 
     /// Whether a control channel of this session has come back.
     fn is_back(&mut self) -> bool {
-        if self.returned.is_none() {
-            self.returned = self.data.accept_return(Duration::ZERO).ok();
-        }
-        self.returned.is_some()
+        is_back(self.data, &mut self.returned)
     }
 
     pub(super) fn look_for_return(&mut self) {
@@ -136,6 +152,7 @@ impl<H: DestinationHost> Driver<'_, H> {
             false => self.last_word_until = Some(Instant::now() + LAST_WORD_LIMIT),
         }
         self.hang_ups.drain(..).for_each(|hang_up| hang_up.hang_up());
+        self.stop_filling();
         let Some(pages) = self.pages.clone() else { return };
         if !self.workers.is_empty() {
             self.idle = self.workers.drain(..).filter_map(|worker| worker.join().ok()).collect();
@@ -150,7 +167,7 @@ impl<H: DestinationHost> Driver<'_, H> {
         self.links += 1;
         let Some(channel) = self.returned.take() else { return Ok(()) };
         self.link = start(channel, self.links, self.sender.clone())?;
-        self.link_lost = false;
+        (self.link_lost, self.lost) = (false, None);
         Ok(())
     }
 

@@ -54,6 +54,19 @@ fn a_claim_is_made_once_and_read_back() {
 }
 
 #[test]
+fn a_machine_without_all_of_its_memory_has_it_once_that_is_marked() {
+    let (_directory, store) = store();
+    let incomplete = Claim { incomplete: true, ..claimant("a").claim(epoch(1), Nonce(1)) };
+    assert_eq!(store.claim(&incomplete), ClaimAnswer::Created);
+    let record = newest(&store).unwrap();
+    assert_eq!((record.occupant, record.complete), (Occupant::Claim(incomplete), false));
+    assert_eq!(store.mark(epoch(1), Marker::Complete), MarkAnswer::Marked);
+    assert!(newest(&store).unwrap().complete);
+    let _ = store.claim(&claimant("a").claim(epoch(2), Nonce(1)));
+    assert!(newest(&store).unwrap().complete, "it never lacked any");
+}
+
+#[test]
 fn markers_are_added_once_and_belong_to_their_epoch() {
     let (_directory, store) = store();
     let _ = store.claim(&claimant("a").claim(epoch(1), Nonce(1)));

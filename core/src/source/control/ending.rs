@@ -7,7 +7,7 @@ use crate::machine::Refusal;
 use crate::message::{Commit, Message};
 use crate::ownership::Settlement;
 use crate::phase::Phase;
-use crate::progress::{PageCounts, Report};
+use crate::progress::{PageCounts, PostCopyCounts, Report};
 use crate::source::SourceOutcome;
 
 /// However late the destination was lost, the claims are asked for so long before the move is called unknown.
@@ -24,7 +24,8 @@ pub(super) enum Ending {
 impl SourceControl {
     pub(super) fn moved(&mut self) {
         self.report.total_ms = self.now.as_secs_f64() * 1e3;
-        self.downtime = self.paused_at.map(|at| self.now - at);
+        // In post-copy the pause has been over for a while.
+        self.downtime = self.downtime.or(self.paused_at.map(|at| self.now - at));
         self.report.downtime_ms = self.downtime.map(|downtime| downtime.as_secs_f64() * 1e3);
         self.enter(Phase::Completed);
         if self.hands_over {
@@ -46,7 +47,10 @@ impl SourceControl {
     pub(super) fn fail(&mut self, why: String) {
         match self.phase {
             Phase::Commit if self.options.ownership.is_some() => self.settle(why),
+            // The destination may run the guest, and need what is here.
+            Phase::Commit if self.postcopy.is_some() => self.pages_link_lost(why),
             Phase::Commit => self.unknown(why),
+            Phase::PostCopy | Phase::PostCopyPaused => self.pages_link_lost(why),
             Phase::Completed => {}
             _ => self.end(Ending::Failed(why)),
         }
@@ -86,6 +90,8 @@ impl SourceControl {
                     "{why}; the destination had not claimed the machine: claimed back, epoch {epoch}"
                 )));
             }
+            // The destination may not say so for a long time, and needs what is here.
+            Settlement::Moved | Settlement::Undecided(_) if self.postcopy.is_some() => self.pages_link_lost(why),
             Settlement::Moved => self.moved(),
             Settlement::Superseded(record) => {
                 self.unknown(format!(
@@ -137,7 +143,7 @@ impl SourceControl {
     }
 
     /// Adds what only the driver counts to the report of an outcome.
-    pub fn complete(outcome: &mut SourceOutcome, wire_bytes: u64, pages: PageCounts) {
+    pub fn complete(outcome: &mut SourceOutcome, wire_bytes: u64, pages: PageCounts, postcopy: PostCopyCounts) {
         match outcome {
             SourceOutcome::Moved(report)
             | SourceOutcome::WouldMove(report)
@@ -146,6 +152,12 @@ impl SourceControl {
             | SourceOutcome::Unknown(_, report) => {
                 report.wire_bytes = wire_bytes;
                 report.pages = pages;
+                if let Some(report) = &mut report.postcopy {
+                    report.missing_pages = postcopy.missing_pages;
+                    report.pages_by_fault = postcopy.by_fault;
+                    report.pages_by_push = postcopy.by_push;
+                    report.wire_bytes = postcopy.wire_bytes;
+                }
             }
             SourceOutcome::Refused(_) => {}
         }

@@ -68,7 +68,8 @@ impl SourceControl {
     pub(super) fn flushed(&mut self) {
         let (pause, limit) = (self.cost.total(), self.options.downtime_limit);
         let forced = match (pause > limit, self.options.on_stall) {
-            (true, OnStall::Abort) => {
+            // There is nothing that could follow.
+            (true, OnStall::Abort | OnStall::PostCopy) => {
                 return self.fail(format!(
                     "the move does not converge: the pause takes {pause:.1?} although no memory is copied, where {limit:.1?} \
                      are allowed"

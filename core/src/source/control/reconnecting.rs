@@ -4,6 +4,8 @@
 //! link lost → breaking off → waiting ⇄ dialling → attaching → opening → a round
 //! ```
 //!
+//! In post-copy the channels for pages are opened instead, and there is no end to the attempts.
+//!
 //! The guest runs on meanwhile; if it was paused it is resumed first. All that was not acknowledged is pending again, and the
 //! destination keeps what it has for as long as this end tries.
 
@@ -82,6 +84,10 @@ impl SourceControl {
     pub(super) fn link_lost(&mut self, why: String) {
         // Whether the destination has begun to load state cannot be told from here: if it has, it refuses to go on.
         let resumable = (Phase::FirstPass..=Phase::State).contains(&self.phase);
+        let goes_over = self.phase == Phase::Commit && self.options.ownership.is_none() && self.postcopy.is_some();
+        if self.is_following() || goes_over {
+            return self.pages_link_lost(why);
+        }
         let often = self.report.reconnections.len() >= MAX_BREAKS;
         if !resumable || often || self.session.is_none() {
             return self.fail(format!("the connection to {} broke: {why}", self.peer_host));
@@ -92,22 +98,52 @@ impl SourceControl {
             "the connection to {} broke: {why}; the guest runs on here, and the connection is made anew for up to {:.0?}",
             self.peer_host, self.options.reconnect_timeout
         )));
+        self.queue_awaited_since = None;
+        self.not_gone_over();
+        self.begin_to_reconnect(since, why);
+        self.act(Action::BreakOff { resume: self.running && self.guest_stopped });
+    }
+
+    /// The same while the guest may run at the destination, without all of its memory.
+    pub(super) fn pages_link_lost(&mut self, why: String) {
+        self.link_up = false;
+        self.act(Action::Say(format!(
+            "the connection to {} broke: {why}; the guest runs on there until it needs a page that is missing, and the connection is \
+             made anew for as long as it takes",
+            self.peer_host
+        )));
+        self.begin_to_reconnect(self.now, why);
+        self.enter(Phase::PostCopyPaused);
+        self.act(Action::LeavePages);
+    }
+
+    fn begin_to_reconnect(&mut self, since: Duration, why: String) {
         self.report.reconnections.push(Reconnection {
             phase: Some(self.phase),
             why: why.clone(),
             at_ms: self.now.as_secs_f64() * 1e3,
             ..Reconnection::default()
         });
-        self.queue_awaited_since = None;
         self.reconnecting = Some(Reconnecting { since, attempts: 0, why, stage: Stage::BreakingOff });
-        self.act(Action::BreakOff { resume: self.running && self.guest_stopped });
     }
 
     /// Something happened while the links are broken.
     pub(super) fn reconnect(&mut self, input: Input) {
         let Some(Reconnecting { stage, .. }) = &self.reconnecting else { return };
         match (stage, input) {
-            (_, Input::Cancel) => self.end(Ending::Cancelled),
+            (_, Input::Cancel) if self.may_cancel().is_ok() => self.end(Ending::Cancelled),
+            (_, Input::Abandon) if self.is_following() => self.unknown(format!(
+                "a person has said that {} is not to be waited for, where the guest runs without all of its memory: it is lost",
+                self.peer_host
+            )),
+            (_, Input::Message(Message::Abort(why))) if self.is_following() => self.unknown(format!(
+                "{} has given the machine up before all of its memory was there: {why}",
+                self.peer_host
+            )),
+            (_, Input::Message(Message::Running(_))) if self.is_following() => self.note_follows(),
+            (Stage::BreakingOff, Input::Done(Done::BrokenOff(_))) if self.is_following() => self.next_attempt(),
+            (_, Input::Failed(what)) if self.is_following() => self.attempt_failed(what),
+            (_, Input::PostCopy) if self.may_go_over().is_ok() => self.go_over("it was asked for".into(), false),
             (_, Input::Failed(what)) => self.fail(what),
             (_, Input::Message(Message::Abort(why))) => self.fail(format!("{} gave up: {why}", self.peer_host)),
             (_, Input::DowntimeLimit(limit)) => self.options.downtime_limit = limit,
@@ -129,15 +165,21 @@ impl SourceControl {
                 self.link_up = true;
                 self.stage(Stage::Attaching { until: self.now + ATTACH_LIMIT });
             }
-            (Stage::Dialling, Input::Unreachable { why, gone: true }) => self.fail(format!(
+            // A firewall may say so as well.
+            (Stage::Dialling, Input::Unreachable { why, gone: true }) if !self.is_following() => self.fail(format!(
                 "the connection to {} broke, and the process that had the guest's memory there is gone: {why}",
                 self.peer_host
             )),
-            (Stage::Dialling, Input::Unreachable { why, gone: false }) => self.attempt_failed(why),
+            (Stage::Dialling, Input::Unreachable { why, .. }) => self.attempt_failed(why),
             (Stage::Attaching { .. }, Input::Message(Message::Attached(token))) => {
                 self.stage(Stage::Opening);
-                self.act(Action::ReopenData { token });
+                self.data_token = Some(token);
+                self.act(match self.is_following() {
+                    true => Action::OpenPages { token },
+                    false => Action::ReopenData { token },
+                });
             }
+            (Stage::Opening, Input::Done(Done::PagesOpened)) if self.is_following() => self.pages_reopened(),
             (Stage::Attaching { .. } | Stage::Opening, Input::Unreachable { why, .. } | Input::LinkLost(why)) => {
                 self.link_up = false;
                 self.note(|reconnection| reconnection.why.clone_from(&why));
@@ -152,8 +194,15 @@ impl SourceControl {
 
     /// Time has passed: for the next attempt, for this one, or for all of them.
     pub(super) fn reconnecting_overdue(&mut self) {
+        let following = self.is_following();
+        let Some(reconnecting) = &mut self.reconnecting else { return };
+        let over = self.now >= reconnecting.since.saturating_add(self.options.reconnect_timeout);
+        if over && following {
+            // There is nothing to go back to: the attempts begin anew.
+            reconnecting.since = self.now;
+        }
         let Some(reconnecting) = &self.reconnecting else { return };
-        if self.now >= reconnecting.since.saturating_add(self.options.reconnect_timeout) {
+        if over && !following {
             let (why, attempts) = (&reconnecting.why, reconnecting.attempts);
             return self.fail(format!(
                 "the connection to {} broke and could not be made anew within --reconnect-timeout ({:.1?}, {attempts} \
@@ -232,19 +281,35 @@ impl SourceControl {
         }
     }
 
+    /// The channels for pages are open again, and what is missing is known anew.
+    fn pages_reopened(&mut self) {
+        self.reconnecting = None;
+        let now_ms = self.now.as_secs_f64() * 1e3;
+        self.note(|reconnection| reconnection.outage_ms = Some(now_ms - reconnection.at_ms));
+        self.act(Action::Say(format!("connected to {} again: pages follow", self.peer_host)));
+        self.enter(Phase::PostCopy);
+        self.act(Action::Serve);
+        self.act(Action::Push);
+    }
+
     /// This attempt has come to nothing: what it has opened is closed before the next.
     fn attempt_failed(&mut self, why: String) {
         if let Some(reconnecting) = &mut self.reconnecting {
             let left = reconnecting.since.saturating_add(self.options.reconnect_timeout).saturating_sub(self.now);
-            let text = format!(
-                "not connected to {} yet (attempt {}, {left:.0?} left): {why}",
-                self.peer_host, reconnecting.attempts
-            );
+            let left = match self.phase {
+                Phase::PostCopyPaused => "the guest may be waiting for pages".into(),
+                _ => format!("{left:.0?} left"),
+            };
+            let text =
+                format!("not connected to {} yet (attempt {}, {left}): {why}", self.peer_host, reconnecting.attempts);
             reconnecting.why = why;
             self.act(Action::Say(text));
         }
         self.stage(Stage::BreakingOff);
-        self.act(Action::BreakOff { resume: false });
+        self.act(match self.is_following() {
+            true => Action::LeavePages,
+            false => Action::BreakOff { resume: false },
+        });
     }
 
     fn next_attempt(&mut self) {

@@ -63,6 +63,9 @@ impl SourceControl {
         };
         self.report.rounds.push(report.clone());
         self.act(Action::RoundEnded(report));
+        if self.postcopy.is_some() {
+            return self.ask_for_postcopy();
+        }
         let limits = Limits {
             downtime: self.options.downtime_limit,
             max_rounds: self.options.max_rounds,
@@ -87,6 +90,7 @@ impl SourceControl {
                 self.act(Action::Say(format!("stopping the guest all the same (--on-stall force): {why}")));
                 self.switch_over();
             }
+            Decision::PostCopy(why) => self.go_over(why, true),
             Decision::GiveUp(why) => self.fail(format!("the move does not converge: {why}")),
         }
     }
@@ -95,6 +99,10 @@ impl SourceControl {
         if self.options.pause_before_switchover && !self.proceed {
             return self.enter(Phase::PreSwitchover);
         }
+        self.stop_guest();
+    }
+
+    pub(super) fn stop_guest(&mut self) {
         self.enter(Phase::Pause);
         self.paused_at = Some(self.now);
         self.guest_stopped = true;

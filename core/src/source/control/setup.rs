@@ -89,6 +89,7 @@ impl SourceControl {
     /// Asks the destination whether it can take the machine in.
     pub(super) fn ask_for_verdict(&mut self) {
         let Some(machine) = self.machine.clone() else { return };
+        self.ask_about_postcopy();
         let request = PreflightRequest {
             machine,
             question: std::mem::take(&mut self.question),
@@ -116,7 +117,9 @@ impl SourceControl {
             self.options.delta_cache_bytes = 0;
         }
         self.returns = hello.features & FEATURE_RETURN != 0 && !self.options.reconnect_timeout.is_zero();
-        self.ask_clock();
+        if self.agree_on_postcopy() {
+            self.ask_clock();
+        }
     }
 
     pub(super) fn ask_clock(&mut self) {

@@ -64,6 +64,11 @@ fn healthy(action: &Action, dirty: u64) -> Option<Input> {
         Action::BreakOff { .. } => done(Done::BrokenOff(BrokenOff::default())),
         Action::Reconnect { .. } => done(Done::Connected),
         Action::ReopenData { .. } => done(Done::Reattached { dirtied_pages: 3 }),
+        Action::Send(Message::PostCopy(())) => message(Message::PostCopyAnswer(None)),
+        Action::OpenPages { .. } => done(Done::PagesOpened),
+        Action::EndChannels => done(Done::FinalSent { sum: 3 }),
+        Action::Push => message(Message::Complete(Default::default())),
+        Action::LeavePages => done(Done::BrokenOff(BrokenOff::default())),
         Action::Audit => done(Done::Audited("ok: 1 pages".into())),
         _ => None,
     }
@@ -260,6 +265,7 @@ proptest! {
 
 mod broken_links;
 mod handing_over;
+mod postcopying;
 
 mod with_claims {
     //! The same where the machine has claims: after *commit* they say whose it is.

@@ -33,6 +33,10 @@ pub enum Input {
     Cancel,
     /// Somebody says go on.
     Proceed,
+    /// Somebody wants the guest to go on at the destination before all of its memory is there.
+    PostCopy,
+    /// A person says that the destination is not to be waited for any more, in post-copy.
+    Abandon,
     /// A test lets go of its hold.
     Release,
     /// The downtime limit was changed.
@@ -95,6 +99,8 @@ pub enum Done {
     },
     /// The machine's memory is not touched here any more.
     LetGo,
+    /// The channels for pages are open, and what is missing at the destination is known.
+    PagesOpened,
     /// All channels have ended.
     FinalSent {
         /// The sum of the page table.
@@ -153,8 +159,16 @@ pub enum Action {
     Send(Message),
     /// Let the workers leave their round; it then ends as usual.
     CutRound,
+    /// Let them finish rounds again.
+    UncutRounds,
     /// Hang up, and end the workers.
     HangUp,
+    /// Say which pages are missing at the destination: all that are pending.
+    SendMissing,
+    /// Send pages that are needed at the destination.
+    Serve,
+    /// Send all others, too.
+    Push,
     /// The end.
     Finish(Box<SourceOutcome>),
 
@@ -191,6 +205,13 @@ pub enum Action {
         /// What they show.
         token: SessionToken,
     },
+    /// In post-copy the links broke: close what is left of them. What is missing is not known any more.
+    LeavePages,
+    /// Open the channels for pages.
+    OpenPages {
+        /// What they show.
+        token: SessionToken,
+    },
     /// Do what would make the pause longer.
     Flush,
     /// Send so many bytes that mean nothing, and a mark.
@@ -208,6 +229,8 @@ pub enum Action {
     StopGuest,
     /// Send what is left, without cap, and end the channels.
     SendFinal,
+    /// Send nothing more, and end the channels: what is left follows later.
+    EndChannels,
     /// Let go of the machine's memory: the destination may take it over from here on.
     LetGo,
     /// Resume the guest if told so, stop the log, lift the throttle.

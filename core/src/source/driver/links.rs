@@ -13,7 +13,7 @@ use crate::machine::MachineError;
 use crate::table::PageHasher;
 
 /// How long opening a channel again may take: short, since it is tried again.
-const CONNECT_AGAIN_LIMIT: Duration = Duration::from_secs(3);
+pub(super) const CONNECT_AGAIN_LIMIT: Duration = Duration::from_secs(3);
 /// How long the peer may take to close once it has been told that the move is over.
 const LAST_WORD_LIMIT: Duration = Duration::from_millis(500);
 
@@ -67,7 +67,7 @@ impl Driver {
         self.off_thread("open-data", move || {
             let open = || {
                 let data = Data::new(machine, flow, hasher, channels, encodings)?;
-                let opened = dial_all(&*dial, token, channels, CONNECT_LIMIT);
+                let opened = dial_all(&*dial, token, 0..channels, CONNECT_LIMIT);
                 Ok((data, opened.map_err(|error| MachineError::new(error.to_string()))?))
             };
             Event::DataOpened { links, opened: Opened::First(open()) }
@@ -77,7 +77,7 @@ impl Driver {
     pub(super) fn reopen_data(&mut self, token: SessionToken) {
         let (dial, channels, links) = (Arc::clone(&self.dial), self.channels, self.links);
         self.off_thread("open-data", move || {
-            let opened = dial_all(&*dial, token, channels, CONNECT_AGAIN_LIMIT);
+            let opened = dial_all(&*dial, token, 0..channels, CONNECT_AGAIN_LIMIT);
             Event::DataOpened { links, opened: Opened::Again(opened) }
         });
     }
@@ -112,7 +112,7 @@ impl Driver {
         }
     }
 
-    fn off_thread(&mut self, name: &str, work: impl FnOnce() -> Event + Send + 'static) {
+    pub(super) fn off_thread(&mut self, name: &str, work: impl FnOnce() -> Event + Send + 'static) {
         let events = self.sender.clone();
         let spawned = thread::Builder::new().name(name.into()).spawn(move || {
             // Nobody listens any more: the move is over.
@@ -149,6 +149,7 @@ impl Driver {
         if let Some(data) = &self.data {
             data.hang_up();
         }
+        self.pages.hang_up();
     }
 
     /// Gives the peer a moment to hear the last word and close, before the control link is closed under it.
@@ -164,9 +165,11 @@ impl Driver {
     }
 }
 
+/// What came of an attempt to reach the destination again.
+///
 /// Where a listener says no to a session, has another certificate than before, or is not there at all on a host that answers, the
 /// process that held the session is gone.
-fn unreachable(error: &io::Error) -> Input {
+pub(super) fn unreachable(error: &io::Error) -> Input {
     use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
     let gone = matches!(error.kind(), ConnectionRefused | NotFound | PermissionDenied);
     Input::Unreachable { why: error.to_string(), gone }

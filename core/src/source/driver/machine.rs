@@ -135,12 +135,14 @@ impl Driver {
     pub(super) fn break_off(&mut self, resume: bool) {
         self.leave_links();
         let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
+        let serving = self.pages.dismiss();
         let ownership = self.ownership.clone();
         let queued = self.jobs.queue(move |machine, events| {
             // The guest first: it has waited long enough.
             if let Err(error) = jobs::take_back(machine, ownership.as_deref(), resume) {
                 let _ = events.send(Input::Failed(error.to_string()).into());
             }
+            serving.into_iter().for_each(|thread| drop(thread.join()));
             let channels = workers.into_iter().map(|worker| worker.join()).collect::<Result<Vec<_>, _>>();
             let _ = events.send(match channels {
                 Ok(channels) => Event::BrokenOff(channels),
@@ -155,6 +157,7 @@ impl Driver {
     /// The move has come to nothing: the guest is made as it was.
     pub(super) fn restore(&mut self, resume: bool) {
         let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
+        let serving = self.pages.dismiss();
         let logging = self.data.is_some();
         let (inquiry, ownership) = (Arc::clone(&self.inquiry), self.ownership.clone());
         self.settler = None;
@@ -163,6 +166,7 @@ impl Driver {
             let resumed = jobs::take_back(machine, ownership.as_deref(), resume);
             machine.throttle(1.0);
             workers.into_iter().for_each(|worker| drop(worker.join()));
+            serving.into_iter().for_each(|thread| drop(thread.join()));
             let stopped = if logging { machine.dirty_log().stop() } else { Ok(()) };
             drop(lock(&inquiry).take());
             let result = resumed.and(stopped).map_err(|error| error.to_string());
