@@ -27,6 +27,8 @@ use vm_memory::{Bytes, GuestAddress};
 const REGIONS: [(u64, usize); 2] = [(0, 5 << 20), (1 << 30, 2 << 20)];
 const CHANNELS: usize = 2;
 const PAGES: usize = (REGIONS[0].1 + REGIONS[1].1) / PAGE_SIZE;
+/// The pause, over a link of which nothing is known.
+const FINAL: Order = Order::Final { link_bytes_per_s: None };
 
 /// The region of a page, and its number there.
 fn place(page: usize) -> (usize, usize) {
@@ -246,6 +248,7 @@ impl Scene {
             PageCounts {
                 raw: sum.raw + more.raw,
                 zero: sum.zero + more.zero,
+                zstd: sum.zstd + more.zstd,
                 untouched: sum.untouched + more.untouched,
                 ..sum
             }
@@ -254,7 +257,7 @@ impl Scene {
     }
 
     fn ended(&mut self) -> (u64, u64) {
-        let sent = self.run(Order::Final, None).unwrap().into_iter().fold(0u64, |sum, report| match report {
+        let sent = self.run(FINAL, None).unwrap().into_iter().fold(0u64, |sum, report| match report {
             Report::Ended(share) => sum.wrapping_add(share),
             other => panic!("{other:?}"),
         });
@@ -297,6 +300,16 @@ fn cut() -> impl Strategy<Value = Cut> {
 }
 
 #[test]
+fn what_the_pause_sends_over_a_slow_link_is_compressed() {
+    for (link_bytes_per_s, compressed) in [(Some(10_000_000), 300), (Some(2_000_000_000), 0), (None, 0)] {
+        let mut scene = Scene::new(Compression::Auto, None);
+        (0..300).for_each(|page| scene.write(page, 1));
+        scene.run(Order::Final { link_bytes_per_s }, None).unwrap();
+        assert_eq!(scene.counts().zstd, compressed, "{link_bytes_per_s:?}");
+    }
+}
+
+#[test]
 fn what_was_given_back_is_not_read_and_sent_only_as_zeros_where_something_was_sent_before() {
     for in_the_pause in [false, true] {
         let mut scene = Scene::new(Compression::None, None);
@@ -310,7 +323,7 @@ fn what_was_given_back_is_not_read_and_sent_only_as_zeros_where_something_was_se
             scene.source.view.write_page(page, &[7; PAGE_SIZE]);
         }
         scene.harvest();
-        let order = if in_the_pause { Order::Final } else { Order::Round { first: false } };
+        let order = if in_the_pause { FINAL } else { Order::Round { first: false } };
         scene.run(order, None).unwrap();
         let after = scene.counts();
         let left = (after.raw - before.raw, after.zero - before.zero, after.untouched - before.untouched);
@@ -342,7 +355,7 @@ proptest! {
             scene.harvest();
         }
         if let Some(cut) = &in_the_pause {
-            let _ = scene.run(Order::Final, Some(cut));
+            let _ = scene.run(FINAL, Some(cut));
         }
         last_given_back.iter().for_each(|&(page, count)| scene.give_back(page, count));
         last.iter().for_each(|&(page, value)| scene.write(page, value));

@@ -38,15 +38,15 @@ impl Compressing {
         }
     }
 
-    /// A stripe begins, under this cap; some: what to change to. With `auto`: compress while the cap leaves a core time to,
-    /// as long as contents shrink, and look again now and then.
-    pub(super) fn choose(&mut self, cap: Option<u64>, counts: PageCounts) -> Option<Option<ZstdLevel>> {
+    /// A stripe begins, under this cap or over a link of this rate; some: what to change to. With `auto`: compress while that leaves a
+    /// core time to, as long as contents shrink, and look again now and then.
+    pub(super) fn choose(&mut self, rate: Option<u64>, counts: PageCounts) -> Option<Option<ZstdLevel>> {
         if self.wanted != Compression::Auto {
             return None;
         }
         self.before = counts;
         self.stripes += 1;
-        let compress = is_slow(cap) && (self.pays || self.stripes.is_multiple_of(AUTO_SAMPLE_STRIPES));
+        let compress = is_slow(rate) && (self.pays || self.stripes.is_multiple_of(AUTO_SAMPLE_STRIPES));
         let changed = compress != self.on;
         self.on = compress;
         changed.then(|| compress.then_some(AUTO_LEVEL))

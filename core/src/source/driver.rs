@@ -332,7 +332,10 @@ impl Driver {
             }
             Action::AwaitQueue => self.queue_awaited = !self.queue_empty(),
             Action::StopGuest => self.stop_guest(),
-            Action::SendFinal => self.order(Order::Final, usize::MAX),
+            Action::SendFinal => {
+                let link_bytes_per_s = Some(self.control.switchover_bytes_per_s() as u64);
+                self.order(Order::Final { link_bytes_per_s }, usize::MAX);
+            }
             Action::EndChannels => self.order(Order::End, usize::MAX),
             Action::LetGo => self.job(jobs::let_go),
             Action::Restore { resume } => self.restore(resume),

@@ -55,7 +55,10 @@ pub enum Order {
         first: bool,
     },
     /// Send what is left, without cap, and end the channel.
-    Final,
+    Final {
+        /// What the link takes, if that is known: on a slow one it pays to compress, as in the rounds.
+        link_bytes_per_s: Option<u64>,
+    },
     /// End the channel: what is left follows in another way.
     End,
 }
@@ -168,7 +171,7 @@ enum Work {
 #[derive(Debug, Clone, Copy)]
 enum Visit {
     Round { first: bool, pages: u64 },
-    Final,
+    Final { link_bytes_per_s: Option<u64> },
 }
 
 impl SourcePages {
@@ -246,7 +249,9 @@ impl SendingChannel {
                 let visit = Visit::Round { first, pages: self.pages() };
                 Work::Visit { next: self.index, visit }
             }
-            Order::Final => Work::Visit { next: self.index, visit: Visit::Final },
+            Order::Final { link_bytes_per_s } => {
+                Work::Visit { next: self.index, visit: Visit::Final { link_bytes_per_s } }
+            }
             Order::End => {
                 self.encoder.end();
                 self.flush = true;
@@ -261,7 +266,7 @@ impl SendingChannel {
             self.work,
             Work::Probe { .. }
                 | Work::Finish(Report::Probing | Report::Ended(_))
-                | Work::Visit { visit: Visit::Final, .. }
+                | Work::Visit { visit: Visit::Final { .. }, .. }
         )
     }
 
@@ -393,11 +398,14 @@ impl SendingChannel {
             holes = self.leave_out_untouched(&stripe, &mut bits, pages);
         }
         self.open.push(Sent { stripe: index, bits });
-        let cap = pace.bytes_per_s.filter(|_| self.is_paced());
+        let rate = match visit {
+            Visit::Round { .. } => pace.bytes_per_s,
+            Visit::Final { link_bytes_per_s } => link_bytes_per_s,
+        };
         if self.is_paced() {
-            self.keeping = is_slow(cap) && self.bases.has_room();
+            self.keeping = is_slow(rate) && self.bases.has_room();
         }
-        if let Some(level) = self.compressing.choose(cap, self.encoder.counts()) {
+        if let Some(level) = self.compressing.choose(rate, self.encoder.counts()) {
             self.encoder.set_zstd(level)?;
         }
         self.encoder.begin_stripe(stripe.first_frame);
@@ -484,7 +492,7 @@ impl SendingChannel {
                 self.work = Work::Finish(report);
                 Some(batch)
             }
-            Visit::Final => {
+            Visit::Final { .. } => {
                 if !planted(Plant::SkipEnd) {
                     self.encoder.end();
                 }

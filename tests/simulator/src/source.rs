@@ -298,7 +298,9 @@ impl World {
             Action::AwaitQueue => self.source_queue(end),
             Action::StopGuest => self.source_queues_job((process, end), Job::StopGuest),
             Action::LetGo => self.source_queues_job((process, end), Job::LetGo),
-            Action::SendFinal => self.source_orders((process, end), Order::Final, usize::MAX),
+            Action::SendFinal => {
+                self.source_orders((process, end), Order::Final { link_bytes_per_s: None }, usize::MAX);
+            }
             Action::Restore { resume } => {
                 self.source_queues_job((process, end), Job::Restore { resume });
             }
