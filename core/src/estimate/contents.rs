@@ -3,7 +3,7 @@
 //! Pages are copied once each, as in a move. What pages that are sent again cost is only known of pages that the guest has rewritten:
 //! a copy is kept, and the page is encoded when a later look finds it dirty.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{EstimateError, Options};
 use crate::encoder::{ChannelEncoder, ZstdLevel};
@@ -20,6 +20,9 @@ use crate::view::MemoryView;
 const RUNS: usize = 64;
 /// and pages in each.
 const RUN_PAGES: usize = 32;
+
+/// What is encoded in one go, as under a cap of some 130 Mbit/s: less in one go compresses worse.
+const QUANTUM_BYTES: usize = 16 << 10;
 
 /// Touched pages, sent for the first time.
 pub(super) struct FirstContents {
@@ -48,7 +51,8 @@ struct Kept {
 struct Trial {
     encoder: ChannelEncoder,
     wire_bytes: usize,
-    took: Duration,
+    /// Seconds for a page, run by run.
+    took: Vec<f64>,
 }
 
 impl FirstContents {
@@ -142,14 +146,15 @@ impl RewrittenContents {
     pub(super) fn costs(&self, first: &FirstContents, dirty_pages: f64) -> Contents {
         let auto = self.auto && !self.with_bases;
         let Some(mut again) = cost(&self.plain, &self.slow, auto) else { return Contents::always(first.cost) };
-        let mut in_pause = Encoded::always(again.plain);
+        let mut in_pause = again;
         if self.with_bases {
             // A page that has lost its place in the cache is sent as the first time.
             let hit = (self.delta_cache_bytes as f64 / (dirty_pages * PAGE_SIZE as f64).max(1.0)).min(1.0);
             let mixed = |hits: f64, others: f64| hit * hits + (1.0 - hit) * others;
             again.slow.wire_bytes = mixed(again.slow.wire_bytes, first.cost.slow.wire_bytes);
+            in_pause = again;
             if let Some(differences) = self.differences.cost() {
-                in_pause.slow.wire_bytes = mixed(differences.wire_bytes, again.plain.wire_bytes);
+                in_pause.plain.wire_bytes = mixed(differences.wire_bytes, again.plain.wire_bytes);
             }
         }
         Contents { first: first.cost, again, in_pause }
@@ -172,13 +177,13 @@ impl Trial {
     fn new(level: Option<ZstdLevel>) -> Result<Self, EstimateError> {
         let encoder =
             ChannelEncoder::new(level).map_err(|error| EstimateError::Io("pages cannot be compressed", error))?;
-        Ok(Self { encoder, wire_bytes: 0, took: Duration::ZERO })
+        Ok(Self { encoder, wire_bytes: 0, took: Vec::new() })
     }
 
     /// Encodes these pages of a stripe, against a base where there is one.
     fn encode<'p>(&mut self, view: &MemoryView, stripe: usize, pages: impl Iterator<Item = (usize, Option<&'p Page>)>) {
         let stripe = view.layout().stripe(stripe);
-        let began = Instant::now();
+        let (began, before) = (Instant::now(), self.encoder.counts().visited());
         self.encoder.begin_stripe(stripe.first_frame);
         for (offset, base) in pages {
             let copy = |page: &mut Page| view.copy_page(&stripe, offset, page);
@@ -186,20 +191,30 @@ impl Trial {
                 Some(base) => self.encoder.page_with_base(offset, base, copy),
                 None => self.encoder.page(offset, copy),
             };
+            if self.encoder.output_bytes() >= QUANTUM_BYTES {
+                self.put();
+            }
         }
         self.encoder.end_stripe();
-        self.took += began.elapsed();
+        let pages = self.encoder.counts().visited() - before;
+        if pages > 0 {
+            self.took.push(began.elapsed().as_secs_f64() / pages as f64);
+        }
+        self.put();
+    }
+
+    fn put(&mut self) {
         self.wire_bytes += self.encoder.bytes().len();
         self.encoder.clear();
     }
 
-    /// What a page cost on average. `None`: there were none.
+    /// What a page cost: bytes on average, time in the median run, since some are interrupted. `None`: there were none.
     fn cost(&self) -> Option<PageCost> {
         let pages = self.encoder.counts().visited() as f64;
-        (pages > 0.0).then(|| PageCost {
-            wire_bytes: self.wire_bytes as f64 / pages,
-            pages_per_s: pages / self.took.as_secs_f64().max(1e-9),
-        })
+        let mut took = self.took.clone();
+        took.sort_unstable_by(f64::total_cmp);
+        let seconds = took.get(took.len() / 2)?;
+        Some(PageCost { wire_bytes: self.wire_bytes as f64 / pages, pages_per_s: 1.0 / seconds.max(1e-9) })
     }
 }
 
@@ -216,14 +231,15 @@ fn trials(options: &Options) -> Result<(Trial, Trial), EstimateError> {
 /// With `auto`, compression that does not pay is left out, as in a move.
 fn cost(plain: &Trial, slow: &Trial, auto: bool) -> Option<Encoded> {
     let counts = slow.encoder.counts();
-    // Copying alone says little about what the data path does with a page.
-    let mut fast = plain.cost()?;
-    fast.pages_per_s = fast.pages_per_s.min(PageCost::RAW.pages_per_s);
+    let plain = plain.cost()?;
     let slow = match auto && counts.zstd < counts.raw {
-        true => fast,
+        true => plain,
         false => slow.cost()?,
     };
-    Some(Encoded { plain: fast, slow })
+    // Copying and encoding are not all that the data path does with a page.
+    let [plain, slow] =
+        [plain, slow].map(|cost| PageCost { pages_per_s: cost.pages_per_s.min(PageCost::RAW.pages_per_s), ..cost });
+    Some(Encoded { plain, slow })
 }
 
 /// Runs of up to [`RUN_PAGES`] neighbouring pages, evenly spread over all pages that `pages` finds in the stripes: a stripe with few

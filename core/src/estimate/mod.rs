@@ -30,15 +30,16 @@ const LEAST_INTERVALS: u32 = 2;
 /// Pages that were rewritten are looked at after so many intervals: about as long as a later round.
 const COMPARE_EVERY: u32 = 4;
 /// From connecting to the first page, on a link without delay, beside probing the link: above all the destination's machine is built.
-const SETUP: Duration = Duration::from_millis(90);
+const SETUP: Duration = Duration::from_millis(55);
 /// Between two rounds, beside the harvest: workers are told, and tell.
 const BETWEEN_ROUNDS: Duration = Duration::from_micros(200);
 /// A round trip to the destination, as long as nobody has measured it.
 const ROUND_TRIP: Duration = Duration::from_micros(300);
 /// In the pause, beside all that: workers and coordinators at both ends are told, and the tables are compared.
 const IN_PAUSE: Duration = Duration::from_micros(1500);
-/// What sockets hold at the end of a round.
-const QUEUED_BYTES: f64 = 128e3;
+/// What is on its way at the end of a round: what the cap hands to a socket in one call (`pacer.rs`), and no more than sockets hold.
+const QUEUED: Duration = Duration::from_millis(1);
+const MOST_QUEUED_BYTES: f64 = 128e3;
 
 /// How to measure, and with which of a move's options pages would be encoded.
 #[derive(Debug, Clone, Copy)]
@@ -167,7 +168,7 @@ impl Measured {
             round_overhead: BETWEEN_ROUNDS + harvest,
             // State is loaded in about the time in which it is saved (docs/performance.md).
             fixed: 2 * pause + harvest + IN_PAUSE + HANDOVER_TRIPS * ROUND_TRIP,
-            queued_bytes: QUEUED_BYTES,
+            queued_bytes: (bandwidth_bytes_per_s * QUEUED.as_secs_f64()).min(MOST_QUEUED_BYTES),
         }
     }
 

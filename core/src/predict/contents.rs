@@ -57,7 +57,8 @@ pub struct Contents {
     pub first: Encoded,
     /// Dirtied pages, sent again.
     pub again: Encoded,
-    /// Dirtied pages, sent again in the pause: only differences are looked for, nothing is compressed.
+    /// Dirtied pages, sent again in the pause after rounds over a slow link: if the pause has a fast one, differences are still sent
+    /// where there are any, but nothing is compressed.
     pub in_pause: Encoded,
 }
 
@@ -65,6 +66,14 @@ impl Contents {
     /// Every page costs the same, whenever it is sent.
     pub fn always(cost: Encoded) -> Self {
         Self { first: cost, again: cost, in_pause: cost }
+    }
+
+    /// What a page costs in the pause, with these rates in the rounds and then.
+    pub fn in_pause_at(&self, bytes_per_s: f64, switchover_bytes_per_s: f64) -> PageCost {
+        match is_slow(Some(bytes_per_s as u64)) {
+            true => self.in_pause.at(switchover_bytes_per_s),
+            false => self.again.at(switchover_bytes_per_s),
+        }
     }
 
     /// Nothing to be saved anywhere.

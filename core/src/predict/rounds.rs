@@ -145,8 +145,9 @@ pub fn shortest_pause(workload: &Workload, path: &Path, max_rounds: u32) -> Dura
 }
 
 fn play(workload: &Workload, path: &Path, mut decide: impl FnMut(&RoundEnd) -> Decision) -> Prediction {
-    let Contents { first, again, in_pause } = &workload.contents;
-    let [first, again, in_pause] = [first, again, in_pause].map(|cost| cost.at(path.bandwidth_bytes_per_s));
+    let contents = &workload.contents;
+    let [first, again] = [contents.first, contents.again].map(|cost| cost.at(path.bandwidth_bytes_per_s));
+    let in_pause = contents.in_pause_at(path.bandwidth_bytes_per_s, path.switchover_bytes_per_s);
     let per_zone = (SLICES / workload.zones.len().max(1)).max(1);
     let share = 1.0 / per_zone as f64;
     let mut slices: Vec<Slice<'_>> = workload

@@ -214,8 +214,7 @@ fn workload(arguments: &Arguments, working_set: ByteSize, channels: u16) -> Work
         false => plain,
     };
     let encoded = Encoded { plain, slow };
-    let contents = Contents { in_pause: Encoded::always(plain), ..Contents::always(encoded) };
-    Workload { zones, contents }
+    Workload { zones, contents: Contents::always(encoded) }
 }
 
 #[cfg(test)]

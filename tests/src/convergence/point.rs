@@ -32,7 +32,7 @@ const CLEARANCE: f64 = 0.2;
 const LONGEST: Duration = Duration::from_secs(13);
 /// Caps in Mbit/s for pages that do not compress and for pages that do: with both the link is the bottleneck, and not the processors that
 /// guest, source and destination share here.
-const BANDWIDTHS_MBIT: [RangeInclusive<u32>; 2] = [200..=600, 40..=120];
+const BANDWIDTHS_MBIT: [RangeInclusive<u32>; 2] = [150..=450, 40..=120];
 /// A range of which nothing fits after so many draws has none that does.
 const MOST_DRAWS: usize = 100_000;
 
@@ -271,11 +271,7 @@ impl Point {
             fixed: Duration::from_millis(5),
             queued_bytes: 0.0,
         };
-        let in_pause = match self.write {
-            Write::Word => WORD_BYTES,
-            Write::Page => PageCost::RAW.wire_bytes,
-        };
-        let contents = Contents { first: cost(first), again: cost(again), in_pause: cost(in_pause) };
+        let contents = Contents { first: cost(first), again: cost(again), in_pause: cost(again) };
         (Modelled { zones, contents }, path)
     }
 }

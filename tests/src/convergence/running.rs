@@ -31,6 +31,8 @@ const ESTIMATE_TIME: &str = "5s";
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// A guest that writes slowly is not waited for until it has been everywhere.
 const SETTLE_LIMIT: Duration = Duration::from_secs(20);
+/// A round that leaves no more than this of what was dirty before has got somewhere.
+const SHRUNK: f64 = 0.95;
 
 /// What was predicted, and when.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -165,7 +167,7 @@ fn make(point: &Point, source: &Node, destination: &Node, heartbeats: Target, ho
             _ => return Err(error),
         },
     };
-    let outcome = outcome_of(outcome)?;
+    let outcome = outcome_of(point, outcome)?;
     let before = samples.iter().rev().find(|sample| sample.at_ns <= began_ns).or(samples.first());
     let pages_before = before.map_or(0, |sample| sample.pages);
     let writes = samples
@@ -175,13 +177,30 @@ fn make(point: &Point, source: &Node, destination: &Node, heartbeats: Target, ho
     Ok(Moved { at_unix_ms, total_ms, gap_ms, wire_bytes, writes, outcome })
 }
 
-/// A move either went through or was given up because it did not converge: anything else is no measurement.
-fn outcome_of(outcome: Value) -> Result<Outcome> {
+/// A move either went through or has shown that it does not converge: anything else is no measurement.
+fn outcome_of(point: &Point, outcome: Value) -> Result<Outcome> {
     let outcome: Outcome = serde_json::from_value(outcome).context("how the move ended is not told")?;
-    let given_up = outcome.outcome == OutcomeKind::Failed
-        && outcome.reasons.iter().any(|reason| reason.contains("does not converge"));
-    ensure!(outcome.outcome == OutcomeKind::Moved || given_up, "the move failed: {}", outcome.reasons.join("; "));
+    if outcome.outcome == OutcomeKind::Moved {
+        return Ok(outcome);
+    }
+    let why = outcome.reasons.join("; ");
+    let given_up = outcome.outcome == OutcomeKind::Failed && why.contains("does not converge");
+    ensure!(given_up, "the move failed: {why}");
+    ensure!(has_not_converged(point, &outcome), "given up before it had shown that it does not converge: {why}");
     Ok(outcome)
+}
+
+/// By what the rounds did, whatever anybody predicted of further ones: the budget was used up, or the last round left about as much
+/// dirty as the one before, and none left little enough.
+fn has_not_converged(point: &Point, outcome: &Outcome) -> bool {
+    let spent = outcome.total_ms >= point.timeout_ms as f64;
+    let stands_still = match outcome.round_reports.as_slice() {
+        [.., before, last] => last.dirty_pages as f64 > SHRUNK * before.dirty_pages as f64,
+        _ => false,
+    };
+    let limit_ms = point.downtime_limit_ms as f64;
+    let never_met = outcome.round_reports.iter().all(|round| round.predicted_pause_ms > limit_ms);
+    spent || (stands_still && never_met)
 }
 
 impl Record {
