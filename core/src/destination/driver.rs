@@ -381,7 +381,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 let holding =
                     holding.map(|(claims, (right, nonce))| Arc::new(claims.into_holding(right, nonce, incomplete)));
                 let filling = self.service.take().map(|service| {
-                    Filling::new(Links {
+                    Box::new(Filling::new(Links {
                         service,
                         link: self.link,
                         number: self.links,
@@ -394,9 +394,9 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                         observer: self.observer,
                         silence_limit: self.options.silence_limit,
                         holding: holding.clone(),
-                    })
+                    }))
                 });
-                DestinationOutcome::Owned { machine, running, holding, filling, report: self.report }
+                DestinationOutcome::Owned { machine, running, holding, filling, report: Box::new(self.report) }
             }
             None => DestinationOutcome::Ended("there is no machine".into()),
         }

@@ -68,9 +68,9 @@ pub enum DestinationOutcome<M> {
         /// Its claims, if it has any.
         holding: Option<Arc<Holding>>,
         /// Its memory is not complete yet (post-copy): what is left to be done for that.
-        filling: Option<Filling>,
+        filling: Option<Box<Filling>>,
         /// How it went, as seen from here.
-        report: Report,
+        report: Box<Report>,
     },
     /// *Commit* had come, and the machine could not be claimed: it is another's, or nobody's yet but never this end's. It has been dropped.
     Dropped(String),
