@@ -115,7 +115,8 @@ impl Inner {
         // Without the lock: the thread may be waiting for it.
         let supervisor = lock(&self.supervisor).take();
         // If it is the machine's own thread that held the last reference, it ends by itself.
-        let other = supervisor.filter(|supervisor| supervisor.thread().id() != thread::current().id());
+        // It ends with the last vCPU.
+        let other = supervisor.filter(|supervisor| at_rest && supervisor.thread().id() != thread::current().id());
         if other.is_some_and(|supervisor| supervisor.join().is_err()) {
             tracing::error!("the machine's thread panicked");
         }
