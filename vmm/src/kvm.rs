@@ -4,10 +4,12 @@ mod abi;
 mod dirty_log;
 mod ioctls;
 mod kick;
+mod stats;
 mod vm;
 
 pub(crate) use abi::exact as exact_abi;
 pub(crate) use dirty_log::KvmDirtyLog;
 pub(crate) use ioctls::{internal_error_text, line_is_unmasked, set_tsc_offset, set_xsave, tsc_offset, xsave};
 pub(crate) use kick::{install_kick_handler, kick, receive_kicks};
+pub(crate) use stats::FaultCounter;
 pub(crate) use vm::Vm;

@@ -21,18 +21,24 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::devices::{Devices, Effect};
 use crate::error::VmmError;
-use crate::kvm::{internal_error_text, kick, receive_kicks};
+use crate::kvm::{FaultCounter, internal_error_text, kick, receive_kicks};
 use crate::sync::lock;
 
 /// How often a pending access is completed before the vCPU counts as stuck: a string access may take several exits.
 const MAX_COMPLETIONS: u32 = 4096;
 
+/// However long a vCPU has run, it rests no longer than this at a time.
+const LONGEST_REST: Duration = Duration::from_millis(100);
+
+/// A vCPU that has not rested for so long has not been throttled.
+const UNTHROTTLED: Duration = Duration::from_millis(500);
+
 /// What a vCPU's thread is told.
 enum Command {
     Run,
     Pause(Sender<()>),
-    /// Rest for a while, then go on: how a throttled vCPU loses time.
-    Rest(Duration),
+    /// Rest for as long as this share of its time asks for, then go on: how a throttled vCPU loses time.
+    Rest(f64),
     With(Box<dyn FnOnce(&VcpuFd) + Send>),
     Exit,
 }
@@ -55,6 +61,7 @@ pub(crate) type Notify = Arc<dyn Fn(Notice) + Send + Sync>;
 pub(crate) struct Vcpu {
     id: u32,
     thread_id: i32,
+    faults: Option<FaultCounter>,
     commands: Sender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -62,6 +69,7 @@ pub(crate) struct Vcpu {
 impl Vcpu {
     /// Starts the thread of vCPU `id`, which stays idle.
     pub(crate) fn spawn(id: u32, fd: VcpuFd, devices: Arc<Devices>, notify: Notify) -> Result<Self, VmmError> {
+        let faults = FaultCounter::open(&fd);
         let (commands, receiver) = mpsc::channel();
         let (started, has_started) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -73,12 +81,22 @@ impl Vcpu {
                 let _ = started.send(thread_id);
                 let mut fd = fd;
                 receive_kicks(&mut fd, |fd| {
-                    Runner { id, fd, commands: receiver, devices, notify, running: false }.serve()
+                    Runner {
+                        id,
+                        fd,
+                        commands: receiver,
+                        devices,
+                        notify,
+                        running: false,
+                        rested: Instant::now(),
+                        owed: Duration::ZERO,
+                    }
+                    .serve()
                 });
             })
             .map_err(VmmError::os(format!("cannot start the thread of vCPU {id}")))?;
         let thread_id = has_started.recv().unwrap_or(0);
-        Ok(Self { id, thread_id, commands, thread: Mutex::new(Some(thread)) })
+        Ok(Self { id, thread_id, faults, commands, thread: Mutex::new(Some(thread)) })
     }
 
     /// Its number.
@@ -89,6 +107,11 @@ impl Vcpu {
     /// The thread that runs it.
     pub(crate) fn thread_id(&self) -> i32 {
         self.thread_id
+    }
+
+    /// Page faults that it took so far; `None` where they are not counted, or do not tell who writes.
+    pub(crate) fn faults(&self) -> Option<u64> {
+        self.faults.as_ref()?.read()
     }
 
     /// Lets it run.
@@ -102,9 +125,9 @@ impl Vcpu {
         self.kick();
     }
 
-    /// Takes this much time away from it.
-    pub(crate) fn rest(&self, time: Duration) {
-        self.send(Command::Rest(time));
+    /// Leaves it this share of the time since its last rest.
+    pub(crate) fn rest(&self, share: f64) {
+        self.send(Command::Rest(share));
         self.kick();
     }
 
@@ -164,6 +187,10 @@ struct Runner<'a> {
     devices: Arc<Devices>,
     notify: Notify,
     running: bool,
+    /// When its last rest ended,
+    rested: Instant,
+    /// and what it did not rest then.
+    owed: Duration,
 }
 
 impl Runner<'_> {
@@ -242,19 +269,22 @@ impl Runner<'_> {
                 // The one who asked may have given up.
                 let _ = done.send(());
             }
-            Command::Rest(time) => return self.rest(time),
+            Command::Rest(share) => return self.rest(share),
             Command::With(body) => body(self.fd),
             Command::Exit => return Next::Exit,
         }
         Next::Continue
     }
 
-    /// Sleeps, but obeys at once what else is asked for.
-    fn rest(&mut self, time: Duration) -> Next {
-        let until = Instant::now() + time;
+    /// Sleeps for so long that this share of its time is left to it, but obeys at once what else is asked for. What counts is how long it
+    /// has really run: on a busy host whoever asks is late, and it has run for longer.
+    fn rest(&mut self, share: f64) -> Next {
+        let began = Instant::now();
+        self.owed = (self.owed + owed(began - self.rested, share)).min(LONGEST_REST);
+        let until = began + self.owed;
         while self.running {
             match self.commands.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                // One rest at a time: they do not add up.
+                // It is at it.
                 Ok(Command::Rest(_)) => {}
                 Ok(command) => {
                     if let Next::Exit = self.obey(command) {
@@ -264,6 +294,8 @@ impl Runner<'_> {
                 Err(_) => break,
             }
         }
+        self.rested = Instant::now();
+        self.owed = self.owed.saturating_sub(self.rested - began);
         Next::Continue
     }
 
@@ -308,6 +340,14 @@ impl Runner<'_> {
             sregs.cr4,
             sregs.efer,
         )
+    }
+}
+
+/// How long to rest after having run for so long, to be left this share of the time.
+fn owed(ran: Duration, share: f64) -> Duration {
+    match ran > UNTHROTTLED {
+        true => Duration::ZERO,
+        false => ran.mul_f64(1.0 / share.clamp(0.001, 1.0) - 1.0),
     }
 }
 
@@ -356,4 +396,19 @@ fn handle(exit: VcpuExit<'_>, devices: &Devices) -> Option<Stop> {
         other => return Some(Stop::Fault(format!("an exit that this version does not handle: {other:?}"))),
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_is_what_the_share_leaves_of_what_was_run() {
+        let ms = Duration::from_millis;
+        assert_eq!(owed(ms(2), 0.5), ms(2));
+        assert_eq!(owed(ms(3), 0.25), ms(9));
+        assert_eq!(owed(ms(2), 1.0), Duration::ZERO);
+        assert_eq!(owed(Duration::from_secs(3), 0.1), Duration::ZERO, "it was not throttled until now");
+        assert!(owed(ms(1), 0.0) < Duration::from_secs(2));
+    }
 }

@@ -1,20 +1,32 @@
-//! Taking time away from the vCPUs, so that they write less memory.
+//! Taking time away from the vCPUs that write, so that they write less memory.
+//!
+//! A vCPU that is held back runs and rests by turns, and rests in proportion to what it has run: a duty cycle. By how much depends on how much it writes, as far as that
+//! is known: all are held to one and the same rate of writing, so that those that write less than that, or only read, are left alone.
 
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::sync::lock;
 use crate::vcpu::Vcpu;
 
-/// One run and one rest of a throttled vCPU.
-const PERIOD: Duration = Duration::from_millis(10);
+/// How long a throttled vCPU runs between two rests, if nothing is late. Short, so that no rest needs to be long.
+const PERIOD: Duration = Duration::from_millis(1);
+
+/// How long faults are counted before they are believed.
+const COUNT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Fewer faults than these in that time say nothing of who writes.
+const TELLING_FAULTS: u64 = 100;
+
+/// What a newer count leaves of the weight of those before it.
+const KEPT: f64 = 0.5;
 
 /// The least share of time that vCPUs keep: a guest at a standstill would look dead.
 const MIN_SHARE: f64 = 0.01;
 
-/// Makes vCPUs rest for part of every period.
+/// Makes vCPUs run and rest by turns.
 pub(super) struct Throttle {
     vcpus: Arc<[Vcpu]>,
     worker: Mutex<Option<Worker>>,
@@ -31,7 +43,7 @@ impl Throttle {
         Self { vcpus, worker: Mutex::new(None) }
     }
 
-    /// Leaves the vCPUs this share of their time.
+    /// Leaves the guest this share of what it writes at its full speed.
     pub(super) fn set(&self, share: f64) {
         let mut worker = lock(&self.worker);
         if share.is_nan() || share >= 1.0 {
@@ -58,9 +70,12 @@ impl Throttle {
         let vcpus = Arc::clone(&self.vcpus);
         let thread = thread::Builder::new().name("throttle".into()).spawn(move || {
             let Ok(mut share) = wanted.recv() else { return };
+            let mut writers = Writers::new(&vcpus);
             loop {
-                for vcpu in vcpus.iter() {
-                    vcpu.rest(rest(share));
+                for (vcpu, share) in vcpus.iter().zip(writers.shares(&vcpus, share)) {
+                    if share < 1.0 {
+                        vcpu.rest(share);
+                    }
                 }
                 match wanted.recv_timeout(PERIOD) {
                     Ok(changed) => share = changed,
@@ -79,19 +94,94 @@ impl Throttle {
     }
 }
 
-/// How much of a period is rest.
-fn rest(share: f64) -> Duration {
-    PERIOD.mul_f64(1.0 - share.clamp(MIN_SHARE, 1.0))
+/// How much each vCPU writes.
+struct Writers {
+    counted: Instant,
+    faults: Vec<Option<u64>>,
+    /// Faults per second that each would take at its full speed. `None`: not known.
+    rates: Option<Vec<f64>>,
+    /// What each was left since they were counted.
+    left: Vec<f64>,
+}
+
+impl Writers {
+    fn new(vcpus: &[Vcpu]) -> Self {
+        Self { counted: Instant::now(), faults: read(vcpus), rates: None, left: vec![1.0; vcpus.len()] }
+    }
+
+    /// What to leave each of them so that all together write this share of what they would.
+    fn shares(&mut self, vcpus: &[Vcpu], share: f64) -> Vec<f64> {
+        if self.counted.elapsed() >= COUNT_INTERVAL {
+            self.count(vcpus);
+        }
+        self.left = match &self.rates {
+            Some(rates) => hold(rates, share),
+            None => vec![share; vcpus.len()],
+        };
+        self.left.clone()
+    }
+
+    fn count(&mut self, vcpus: &[Vcpu]) {
+        let (now, faults) = (Instant::now(), read(vcpus));
+        let seconds = (now - self.counted).as_secs_f64();
+        let before = std::mem::replace(&mut self.faults, faults);
+        self.counted = now;
+        let taken: Option<Vec<u64>> = before
+            .iter()
+            .zip(&self.faults)
+            .map(|(before, now)| Some(now.as_ref()?.saturating_sub((*before)?)))
+            .collect();
+        let Some(taken) = taken.filter(|taken| taken.iter().sum::<u64>() >= TELLING_FAULTS) else { return };
+        let rates = taken.iter().zip(&self.left).map(|(faults, left)| *faults as f64 / seconds / left.max(MIN_SHARE));
+        self.rates = Some(match &self.rates {
+            Some(before) => rates.zip(before).map(|(now, before)| KEPT * before + (1.0 - KEPT) * now).collect(),
+            None => rates.collect(),
+        });
+    }
+}
+
+fn read(vcpus: &[Vcpu]) -> Vec<Option<u64>> {
+    vcpus.iter().map(Vcpu::faults).collect()
+}
+
+/// Holds all to one rate, such that they have this share of what they have together; each gets its own share of its rate.
+fn hold(rates: &[f64], share: f64) -> Vec<f64> {
+    let mut sorted = rates.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let mut left = share.clamp(0.0, 1.0) * sorted.iter().sum::<f64>();
+    let mut cap = f64::INFINITY;
+    for (index, rate) in sorted.iter().enumerate() {
+        let even = left / (sorted.len() - index) as f64;
+        if *rate > even {
+            cap = even;
+            break;
+        }
+        left -= rate;
+    }
+    rates.iter().map(|rate| if *rate > cap { (cap / rate).max(MIN_SHARE) } else { 1.0 }).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn the_rest_is_what_the_share_leaves() {
-        assert_eq!(rest(1.0), Duration::ZERO);
-        assert_eq!(rest(0.25), PERIOD.mul_f64(0.75));
-        assert_eq!(rest(-1.0), PERIOD.mul_f64(1.0 - MIN_SHARE));
+    fn those_that_hardly_write_are_left_alone() {
+        assert_eq!(hold(&[1000.0, 0.0], 0.5), [0.5, 1.0]);
+        assert_eq!(hold(&[1000.0, 100.0, 1000.0], 0.5), [0.475, 1.0, 0.475]);
+        assert_eq!(hold(&[500.0, 500.0], 0.2), [0.2, 0.2]);
+    }
+
+    proptest! {
+        #[test]
+        fn all_together_have_their_share(rates in prop::collection::vec(0.0f64..1e6, 1..64), share in 0.05f64..1.0) {
+            let held = hold(&rates, share);
+            let (all, left): (f64, f64) = (rates.iter().sum(), rates.iter().zip(&held).map(|(rate, held)| rate * held).sum());
+            // The least that everybody keeps may be more than the share.
+            prop_assert!(left >= share * all * 0.999 && left <= share * all * 1.001 + MIN_SHARE * all, "{left} of {all}");
+            prop_assert!(held.iter().all(|held| (MIN_SHARE..=1.0).contains(held)));
+        }
     }
 }
