@@ -168,7 +168,7 @@ pub struct Parameters {
     /// Rounds after the first pass before the move counts as stalled.
     #[serde(rename = "x-godwit-max-rounds", skip_serializing_if = "Option::is_none")]
     pub max_rounds: Option<u32>,
-    /// `abort`, `force` or `postcopy`.
+    /// `abort`, `force`, `throttle` or `postcopy`.
     #[serde(rename = "x-godwit-on-stall", skip_serializing_if = "Option::is_none")]
     pub on_stall: Option<String>,
     /// Compare page hashes before state is loaded.
@@ -284,15 +284,13 @@ fn parse_on_stall(name: &str) -> Result<OnStall, ParameterError> {
     match name {
         "abort" => Ok(OnStall::Abort),
         "force" => Ok(OnStall::Force),
+        "throttle" => Ok(OnStall::Throttle),
         "postcopy" => Ok(OnStall::PostCopy),
-        "throttle" => Err(ParameterError::Choice {
+        _ => Err(ParameterError::Choice {
             name: "on-stall",
-            choices: "abort, force, postcopy (throttle is not in this version)",
+            choices: "abort, force, throttle, postcopy",
             given: name.to_owned(),
         }),
-        _ => {
-            Err(ParameterError::Choice { name: "on-stall", choices: "abort, force, postcopy", given: name.to_owned() })
-        }
     }
 }
 
@@ -300,6 +298,7 @@ fn on_stall_name(on_stall: OnStall) -> &'static str {
     match on_stall {
         OnStall::Abort => "abort",
         OnStall::Force => "force",
+        OnStall::Throttle => "throttle",
         OnStall::PostCopy => "postcopy",
     }
 }
@@ -432,7 +431,7 @@ mod tests {
         assert!(matches!(settings.apply(&wrong), Err(ParameterError::Range { name: "multifd-channels", .. })));
         assert_eq!(settings.options.max_bandwidth_bytes_per_s, None);
         assert!(
-            applied(r#"{"x-godwit-on-stall": "throttle"}"#).unwrap_err().to_string().contains("not in this version")
+            applied(r#"{"x-godwit-on-stall": "luck"}"#).unwrap_err().to_string().contains("abort, force, throttle")
         );
         assert!(applied(r#"{"x-godwit-compress": "zstd:99"}"#).is_err());
         assert!(applied(r#"{"x-godwit-compress": "lz4"}"#).is_err());

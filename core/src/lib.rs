@@ -19,6 +19,7 @@
 //! | [`policy`], [`pacer`] | when to stop the guest, and the bandwidth cap: pure arithmetic |
 //! | [`estimate`] | what is measured of a running guest, without moving it |
 //! | [`predict`] | how a move will go, before it begins |
+//! | [`fit`] | what a move under way learns of its guest, and how it will go on by that |
 //! | [`message`], [`chunk`], [`encoder`], [`decoder`] | the wire, without I/O |
 //! | [`delta`], [`bases`] | pages as differences from what was sent before |
 //! | [`layout`], [`bitmap`], [`pending`], [`table`] | how pages are numbered, which are to be sent, which were |
@@ -37,6 +38,7 @@ pub mod delta;
 pub mod destination;
 pub mod encoder;
 pub mod estimate;
+pub mod fit;
 pub mod layout;
 pub mod machine;
 pub mod memory;

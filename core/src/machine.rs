@@ -60,7 +60,8 @@ pub trait SourceMachine: Send + Sync {
     /// back first, if it was let go of.
     fn resume(&self) -> Result<(), MachineError>;
 
-    /// Limits the vCPUs to this share of their time (1.0: no limit).
+    /// Leaves the guest this share of what it writes at its full speed, by holding back the vCPUs that write; those that only read are
+    /// left alone, if the VMM can tell. 1.0: no limit, from the moment this returns.
     fn throttle(&self, share: f64);
 
     /// Does now what would make [`SourceMachine::pause`] take longer, such as flushing disks. Called every now and then while

@@ -1,7 +1,13 @@
 //! When to stop the guest: pure arithmetic on what has been measured.
+//!
+//! [`RoundEnd::decide`] is the stop rule and the limits that nothing overrules. [`Stall`] sees earlier that they are not going to be
+//! met. Both lead to what the user has chosen for that ([`OnStall`]).
+
+mod stall;
 
 use std::time::Duration;
 
+pub use self::stall::Stall;
 use crate::memory::PAGE_SIZE;
 use crate::source::OnStall;
 
@@ -77,7 +83,7 @@ impl RoundEnd {
         if pause <= limits.downtime {
             return Decision::Stop;
         }
-        if self.fixed > limits.downtime && limits.on_stall == OnStall::Abort {
+        if self.fixed > limits.downtime && limits.on_stall != OnStall::Force {
             // No number of rounds makes the pause shorter than what it takes with nothing to send.
             return Decision::GiveUp(format!(
                 "the pause takes {:.1?} even with nothing left to send, where {:.1?} are allowed",
@@ -102,28 +108,20 @@ impl RoundEnd {
             "{spent}: {} pages are still dirty, which would take a pause of {pause:.1?} ({:.1?} of it fixed) where {:.1?} are allowed",
             self.dirty_pages, self.fixed, limits.downtime
         );
-        match limits.on_stall {
-            OnStall::Abort => Decision::GiveUp(short),
-            OnStall::Force => Decision::ForceStop(short),
-            OnStall::PostCopy => Decision::PostCopy(short),
-        }
+        limits.on_stall.when_spent(short)
     }
 }
 
-/// Time until the end, if the dirty rate stays as it is: this round's rest, then rounds that shrink by
-/// k = dirty rate / rate, down to what fits into the pause. `None` if they do not shrink.
-pub fn time_left(remaining_bytes: f64, rate: f64, dirty_bytes_per_s: f64, final_bytes: f64) -> Option<Duration> {
-    let k = dirty_bytes_per_s / rate;
-    if !(rate > 0.0 && k < 0.98) {
-        return None;
+impl OnStall {
+    /// What to do when there is no time or round left.
+    fn when_spent(self, why: String) -> Decision {
+        match self {
+            // The throttle was what could be done.
+            OnStall::Abort | OnStall::Throttle => Decision::GiveUp(why),
+            OnStall::Force => Decision::ForceStop(why),
+            OnStall::PostCopy => Decision::PostCopy(why),
+        }
     }
-    let mut left = remaining_bytes / rate;
-    let mut next = remaining_bytes * k;
-    while next > final_bytes.max(4096.0) {
-        left += next / rate;
-        next *= k;
-    }
-    Some(Duration::from_secs_f64(left.min(86_400.0 * 365.0)))
 }
 
 #[cfg(test)]
@@ -199,14 +197,5 @@ mod tests {
     fn a_rate_of_nothing_predicts_a_very_long_pause() {
         let stuck = RoundEnd { switchover_bytes_per_s: 0.0, ..end(0, u64::MAX) };
         assert!(stuck.predicted_pause() >= Duration::from_secs(86_400));
-    }
-
-    #[test]
-    fn time_left_adds_up_the_rounds() {
-        // k = 0.5: 1 s, then 0.5, 0.25, 0.125 … until 10 MB are left.
-        let left = time_left(100e6, 100e6, 50e6, 10e6).unwrap().as_secs_f64();
-        assert!((left - 1.875).abs() < 1e-9, "{left}");
-        assert_eq!(time_left(100e6, 100e6, 100e6, 0.0), None);
-        assert_eq!(time_left(100e6, 0.0, 0.0, 0.0), None);
     }
 }

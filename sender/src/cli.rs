@@ -185,7 +185,7 @@ pub(crate) struct MigrateArgs {
     /// Rounds after the first pass before the move counts as stalled [default: 30]
     #[arg(long, value_name = "N")]
     pub(crate) max_rounds: Option<u32>,
-    /// What to do when the downtime limit cannot be met [default: abort]
+    /// What to do as soon as it shows that downtime limit or time budget cannot be met [default: abort]
     #[arg(long, value_name = "ACTION")]
     pub(crate) on_stall: Option<OnStallArg>,
     /// Wait for `continue` before the guest is paused
@@ -229,7 +229,7 @@ pub(crate) enum OnStallArg {
     Abort,
     /// Stop the guest all the same and accept the longer pause
     Force,
-    #[value(hide = true)]
+    /// Hold the vCPUs that write to the highest rate that meets the limits, until the guest stops here
     Throttle,
     /// Let the guest go on at the destination, and send the rest of its memory after it; until all of it is there, the guest is lost if
     /// either host fails

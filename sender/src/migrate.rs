@@ -96,10 +96,8 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         None => None,
         Some(OnStallArg::Abort) => Some("abort"),
         Some(OnStallArg::Force) => Some("force"),
+        Some(OnStallArg::Throttle) => Some("throttle"),
         Some(OnStallArg::Postcopy) => Some("postcopy"),
-        Some(OnStallArg::Throttle) => {
-            return Err(Failure::Usage("--on-stall: this version knows `abort`, `force` and `postcopy` only".into()));
-        }
     };
     if let Some(compress) = &args.compress {
         parse_compression(compress).map_err(|error| Failure::Usage(format!("--{error}")))?;

@@ -144,7 +144,8 @@ fn dirty_bits_survive_every_retry(scene: &Scene) -> Result<()> {
         source.ensure_guest_runs(workload.vcpus)
     };
     cancelled_in("first-pass", &SLOW)?;
-    cancelled_in("rounds", &[&SLOW[..], &["--max-rounds", "1000"]].concat())?;
+    // A first round of about a second: after it, the move would be given up.
+    cancelled_in("rounds", &["--max-bandwidth", "500Mbit", "--downtime-limit", "20ms", "--delta-cache", "0"])?;
     // It stalls.
     let stalls = [&CHANNELS[..], &SLOW, &["--max-rounds", "1"]].concat();
     source.move_to(&first.uri()?, &stalls, LIMIT)?.ensure_code(4)?;

@@ -9,15 +9,14 @@ use super::{EstimateError, Options};
 use crate::encoder::{ChannelEncoder, ZstdLevel};
 use crate::layout::{StripeBits, set_bits};
 use crate::memory::PAGE_SIZE;
-use crate::pending::Pending;
 use crate::predict::{Contents, Encoded, PageCost};
 use crate::source::{AUTO_LEVEL, Compression};
 use crate::table::Page;
 use crate::touched::TouchedPages;
 use crate::view::MemoryView;
 
-/// Runs of pages that are looked at, at most one of a stripe,
-const RUNS: usize = 64;
+/// Runs of pages that an estimate looks at, at most one of a stripe,
+pub(crate) const RUNS: usize = 64;
 /// and pages in each.
 const RUN_PAGES: usize = 32;
 
@@ -32,7 +31,8 @@ pub(super) struct FirstContents {
 }
 
 /// Pages that the guest has rewritten, sent again.
-pub(super) struct RewrittenContents {
+pub(crate) struct RewrittenContents {
+    runs: usize,
     kept: Vec<Kept>,
     plain: Trial,
     slow: Trial,
@@ -66,7 +66,7 @@ impl FirstContents {
         let (mut plain, mut slow) = trials(options)?;
         // Whether pages compress is told in any case.
         let mut compressed = Trial::new(Some(AUTO_LEVEL))?;
-        for (index, bits) in spread_out(stripes, |index| touched.of(&view.layout().stripe(index))) {
+        for (index, bits) in spread_out(stripes, RUNS, |index| touched.of(&view.layout().stripe(index))) {
             for trial in [&mut plain, &mut slow, &mut compressed] {
                 trial.encode(view, index, set_bits(&bits).map(|offset| (offset, None)));
             }
@@ -83,9 +83,11 @@ impl FirstContents {
 }
 
 impl RewrittenContents {
-    pub(super) fn new(options: &Options) -> Result<Self, EstimateError> {
+    /// Of pages that a move with these options sends; up to so many runs of them are kept at a time.
+    pub(crate) fn new(options: &Options, runs: usize) -> Result<Self, EstimateError> {
         let (plain, slow) = trials(options)?;
         Ok(Self {
+            runs,
             kept: Vec::new(),
             plain,
             slow,
@@ -96,26 +98,11 @@ impl RewrittenContents {
         })
     }
 
-    /// Keeps copies of some of the pages that are dirty now and were ever touched.
-    pub(super) fn remember(
-        &mut self,
-        view: &MemoryView,
-        touched: &dyn TouchedPages,
-        dirty: &Pending,
-        stripes: &[usize],
-    ) {
-        let layout = view.layout();
-        let bits = |index: usize| {
-            let mut bits = dirty.get(index);
-            if bits != StripeBits::default() {
-                let touched = touched.of(&layout.stripe(index));
-                bits.iter_mut().zip(touched).for_each(|(word, touched)| *word &= touched);
-            }
-            bits
-        };
-        self.kept = spread_out(stripes, bits)
+    /// Keeps copies of some of these pages.
+    pub(crate) fn remember(&mut self, view: &MemoryView, pages: impl Fn(usize) -> StripeBits, stripes: &[usize]) {
+        self.kept = spread_out(stripes, self.runs, pages)
             .map(|(index, bits)| {
-                let stripe = layout.stripe(index);
+                let stripe = view.layout().stripe(index);
                 let copy = |offset| {
                     let mut page = [0; PAGE_SIZE];
                     view.copy_page(&stripe, offset, &mut page);
@@ -126,10 +113,10 @@ impl RewrittenContents {
             .collect();
     }
 
-    /// Encodes those of them that are dirty again.
-    pub(super) fn compare(&mut self, view: &MemoryView, dirty: &Pending) {
+    /// Encodes those of them that have been dirtied since.
+    pub(crate) fn compare(&mut self, view: &MemoryView, dirty: impl Fn(usize) -> StripeBits) {
         for Kept { stripe, pages } in std::mem::take(&mut self.kept) {
-            let bits = dirty.get(stripe);
+            let bits = dirty(stripe);
             let again = || pages.iter().filter(|(offset, _)| bits[offset / 64] >> (offset % 64) & 1 == 1);
             let bare = || again().map(|(offset, _)| (*offset, None));
             let with_base = || again().map(|(offset, base)| (*offset, Some(base)));
@@ -158,6 +145,16 @@ impl RewrittenContents {
             }
         }
         Contents { first: first.cost, again, in_pause }
+    }
+
+    /// Pages that have been encoded.
+    pub(crate) fn pages(&self) -> u64 {
+        self.slow.encoder.counts().visited()
+    }
+
+    /// Bytes on a slow link for each of them. `None`: there were none.
+    pub(crate) fn slow_wire_bytes(&self) -> Option<f64> {
+        Some(self.slow.cost()?.wire_bytes)
     }
 
     /// Of rewritten pages, those whose differences are short.
@@ -242,13 +239,17 @@ fn cost(plain: &Trial, slow: &Trial, auto: bool) -> Option<Encoded> {
     Some(Encoded { plain, slow })
 }
 
-/// Runs of up to [`RUN_PAGES`] neighbouring pages, evenly spread over all pages that `pages` finds in the stripes: a stripe with few
-/// of them does not count for more.
-fn spread_out(stripes: &[usize], pages: impl Fn(usize) -> StripeBits) -> impl Iterator<Item = (usize, StripeBits)> {
+/// So many runs of up to [`RUN_PAGES`] neighbouring pages, evenly spread over all pages that `pages` finds in the stripes: a stripe with
+/// few of them does not count for more.
+fn spread_out(
+    stripes: &[usize],
+    runs: usize,
+    pages: impl Fn(usize) -> StripeBits,
+) -> impl Iterator<Item = (usize, StripeBits)> {
     let having: Vec<(usize, StripeBits, usize)> =
         stripes.iter().map(|index| (*index, pages(*index))).map(|(index, bits)| (index, bits, count(&bits))).collect();
     let total: usize = having.iter().map(|(_, _, count)| count).sum();
-    let step = (total / RUNS).max(RUN_PAGES);
+    let step = (total / runs.max(1)).max(RUN_PAGES);
     let mut before = 0;
     having.into_iter().filter_map(move |(index, bits, count)| {
         let begin = before;
@@ -285,12 +286,12 @@ mod tests {
         // A stripe with one page among full ones: it is hardly ever taken.
         let bits = |index: usize| if index == 7 { [1, 0, 0, 0, 0, 0, 0, 0] } else { [u64::MAX; 8] };
         let stripes: Vec<usize> = (0..100).collect();
-        let runs: Vec<_> = spread_out(&stripes, bits).collect();
+        let runs: Vec<_> = spread_out(&stripes, RUNS, bits).collect();
         assert!((60..=RUNS + 1).contains(&runs.len()), "{}", runs.len());
         let whole = runs.iter().filter(|(_, run)| count(run) == RUN_PAGES).count();
         assert!(whole >= runs.len() - 5 && runs.iter().all(|(_, run)| count(run) > 0), "{whole}");
-        assert_eq!(spread_out(&stripes, |_| StripeBits::default()).count(), 0);
+        assert_eq!(spread_out(&stripes, RUNS, |_| StripeBits::default()).count(), 0);
         let few = [0b1011, 0, 0, 0, 0, 0, 0, 1 << 63];
-        assert_eq!(spread_out(&[3], |_| few).collect::<Vec<_>>(), [(3, few)]);
+        assert_eq!(spread_out(&[3], RUNS, |_| few).collect::<Vec<_>>(), [(3, few)]);
     }
 }

@@ -5,6 +5,7 @@
 
 mod contents;
 mod counting;
+pub(crate) mod sampling;
 mod windows;
 
 use std::sync::Arc;
@@ -12,15 +13,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::contents::{FirstContents, RewrittenContents};
+use self::contents::FirstContents;
+pub(crate) use self::contents::RewrittenContents;
 use self::counting::{Counter, Counts};
 pub use self::windows::WindowCount;
-use crate::layout::Layout;
+use crate::layout::{Layout, StripeBits};
 use crate::machine::{MachineError, SourceMachine};
 use crate::predict::{Path, Workload};
 use crate::source::control::{Done, HANDOVER_TRIPS, probe_bytes};
 use crate::source::{Compression, jobs};
-use crate::touched::MappedPages;
+use crate::touched::{MappedPages, TouchedPages};
 use crate::view::MemoryView;
 
 /// Below this, there are no two intervals.
@@ -32,7 +34,7 @@ const COMPARE_EVERY: u32 = 4;
 /// From connecting to the first page, on a link without delay, beside probing the link: above all the destination's machine is built.
 const SETUP: Duration = Duration::from_millis(55);
 /// Between two rounds, beside the harvest: workers are told, and tell.
-const BETWEEN_ROUNDS: Duration = Duration::from_micros(200);
+pub(crate) const BETWEEN_ROUNDS: Duration = Duration::from_micros(200);
 /// A round trip to the destination, as long as nobody has measured it.
 const ROUND_TRIP: Duration = Duration::from_micros(300);
 /// In the pause, beside all that: workers and coordinators at both ends are told, and the tables are compared.
@@ -122,17 +124,24 @@ pub fn measure(
     let began = Instant::now();
     let mut counter = Counter::start(machine, &view)?;
     let first = FirstContents::sample(&view, &touched, counter.sample(), options)?;
-    let mut rewritten = RewrittenContents::new(options)?;
+    let mut rewritten = RewrittenContents::new(options, contents::RUNS)?;
     while counter.intervals() < LEAST_INTERVALS || began.elapsed() < options.time {
         if counter.intervals().is_multiple_of(COMPARE_EVERY) {
             // Pages that were dirty and are dirty again are those that a later round would send.
-            rewritten.compare(&view, counter.dirty_since());
-            rewritten.remember(&view, &touched, counter.dirty(), counter.sample());
+            rewritten.compare(&view, |index| counter.dirty_since().get(index));
+            let touched_and_dirty = |index: usize| match counter.dirty().get(index) {
+                bits if bits == StripeBits::default() => bits,
+                bits => {
+                    let touched = touched.of(&view.layout().stripe(index));
+                    std::array::from_fn(|word| bits[word] & touched[word])
+                }
+            };
+            rewritten.remember(&view, touched_and_dirty, counter.sample());
             counter.forget();
         }
         counter.run_interval(wait)?;
     }
-    rewritten.compare(&view, counter.dirty_since());
+    rewritten.compare(&view, |index| counter.dirty_since().get(index));
     let Counts { zones, windows, spread, intervals, harvest, sampled_share } = counter.finish(&touched);
     let dirty_pages = windows.last().map_or(0.0, |window| window.pages);
     let contents = rewritten.costs(&first, dirty_pages);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::rounds::{Path, PredictedRound, Prediction, Workload, predict, shortest_pause};
+use super::rounds::{Path, PredictedRound, Prediction, Standing, Workload, predict, predict_from, shortest_pause};
 use crate::policy::{Decision, Limits};
 
 /// A guest that may write a tenth faster, or must write a tenth slower, is called a border case.
@@ -95,10 +95,7 @@ impl Forecast {
             converges: likely.converges(),
             border: margin.is_some_and(|speed| (speed - 1.0).abs() <= BORDER),
             margin,
-            why: match &likely.end {
-                Decision::GiveUp(why) | Decision::ForceStop(why) => Some(why.clone()),
-                _ => None,
-            },
+            why: likely.why().map(str::to_owned),
             total_s: band(&|prediction| prediction.total.as_secs_f64()),
             pause_ms: band(&|prediction| prediction.pause.as_secs_f64() * 1e3),
             wire_bytes: band(&|prediction| prediction.wire_bytes),
@@ -113,12 +110,29 @@ impl Prediction {
     pub fn converges(&self) -> bool {
         self.end == Decision::Stop
     }
+
+    /// Why it is not: the policy's own words.
+    pub fn why(&self) -> Option<&str> {
+        match &self.end {
+            Decision::GiveUp(why) | Decision::ForceStop(why) | Decision::PostCopy(why) => Some(why),
+            Decision::Continue | Decision::AwaitQueue | Decision::Stop => None,
+        }
+    }
 }
 
 /// How many times as fast as it does the guest may write for downtime limit and time budget to be met. `None`: however fast. 0: they
 /// cannot be met even by a guest that hardly writes.
 pub fn highest_speed(workload: &Workload, path: &Path, limits: &Limits) -> Option<f64> {
-    let converges = |doublings: f64| predict(&workload.at_speed(doublings.exp2()), path, limits).converges();
+    highest_that(|speed| predict(&workload.at_speed(speed), path, limits).converges())
+}
+
+/// The same, for a move that is under way.
+pub fn highest_speed_from(standing: &Standing, workload: &Workload, path: &Path, limits: &Limits) -> Option<f64> {
+    highest_that(|speed| predict_from(standing, &workload.at_speed(speed), path, limits).converges())
+}
+
+fn highest_that(is_met: impl Fn(f64) -> bool) -> Option<f64> {
+    let converges = |doublings: f64| is_met(doublings.exp2());
     let (mut met, mut missed) = (-MOST_DOUBLINGS, MOST_DOUBLINGS);
     if converges(missed) {
         return None;

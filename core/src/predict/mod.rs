@@ -5,6 +5,7 @@
 //! | [`Dirtying`] | U(t): how many different pages the guest dirties in a window |
 //! | [`Contents`] | what its pages cost on the wire |
 //! | [`predict()`] | plays the rounds, by the stop rule of [`crate::policy`] itself |
+//! | [`predict_from`] | plays the rounds that are still to come, from where a move stands |
 //! | [`Forecast`] | that, with an error band, how near the border it is, and the shortest pause within reach |
 //! | [`highest_speed`] | the other way round: how fast the guest may write for the limits to be met |
 //! | [`wan`] | what delay and loss leave of a link's bandwidth |
@@ -21,5 +22,8 @@ pub mod wan;
 
 pub use self::contents::{Contents, Encoded, PageCost};
 pub use self::curve::Dirtying;
-pub use self::forecast::{Band, Cell, Forecast, Row, highest_speed, table};
-pub use self::rounds::{Path, PredictedRound, Prediction, Workload, Zone, predict, shortest_pause};
+pub use self::forecast::{Band, Cell, Forecast, Row, highest_speed, highest_speed_from, table};
+pub use self::rounds::{
+    Path, PredictedRound, Prediction, Standing, Workload, Zone, dirty_after_round, predict, predict_from,
+    shortest_pause,
+};

@@ -93,7 +93,27 @@ pub struct PredictedRound {
     pub pause_seconds: f64,
 }
 
+/// A move that is under way, between two rounds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Standing {
+    /// The round that has ended; 0 is the first pass.
+    pub round: u32,
+    /// Since the move began.
+    pub elapsed: Duration,
+    /// Pages dirty now, in each zone of the workload.
+    pub dirty_pages: Vec<f64>,
+}
+
+/// Memory in slices, each of which is visited at once.
+struct Slices<'w> {
+    slices: Vec<Slice<'w>>,
+    /// Of a zone.
+    share: f64,
+    zones: usize,
+}
+
 struct Slice<'w> {
+    zone: usize,
     dirtying: &'w Dirtying,
     touched_pages: f64,
     dirty_pages: f64,
@@ -128,13 +148,66 @@ impl Workload {
 
 /// How a move over `path` within `limits` goes.
 pub fn predict(workload: &Workload, path: &Path, limits: &Limits) -> Prediction {
-    play(workload, path, |end| end.decide(limits))
+    play(workload, path, None, |end| decide_in_time(end, limits))
+}
+
+/// The engine's own rule; but a round that outlasts the time budget is cut, and leaves unsent what the limit would need sent.
+fn decide_in_time(end: &RoundEnd, limits: &Limits) -> Decision {
+    match (end.decide(limits), limits.timeout) {
+        (Decision::Stop, Some(timeout)) if end.elapsed > timeout => Decision::GiveUp(format!(
+            "the time budget of {timeout:.1?} is used up in the middle of round {}",
+            end.round
+        )),
+        (decision, _) => decision,
+    }
+}
+
+/// How a move that is under way goes on. It has stalled as soon as a round leaves as much dirty as the one before.
+pub fn predict_from(standing: &Standing, workload: &Workload, path: &Path, limits: &Limits) -> Prediction {
+    let mut settling = Settling::default();
+    play(workload, path, Some(standing), |end| match decide_in_time(end, limits) {
+        Decision::Continue if settling.has_settled(end.dirty_pages) => Decision::GiveUp(format!(
+            "as much is written as is sent: {} pages will stay dirty, which would take a pause of {:.1?} where {:.1?} are allowed",
+            end.dirty_pages,
+            end.predicted_pause(),
+            limits.downtime
+        )),
+        decision => decision,
+    })
+}
+
+/// Pages dirty in each zone at the end of a round of so many seconds that began with `dirty_pages`.
+pub fn dirty_after_round(workload: &Workload, dirty_pages: &[f64], seconds: f64) -> Vec<f64> {
+    let mut slices = Slices::new(workload, Some(dirty_pages));
+    slices.visit(false, seconds, 0.0);
+    slices.by_zone()
+}
+
+/// Sees rounds that change nothing any more.
+#[derive(Default)]
+struct Settling {
+    before: u64,
+    rounds: u32,
+}
+
+impl Settling {
+    /// So much of what was dirty makes no difference.
+    const SAME: f64 = 0.002;
+    /// So many rounds in a row must change nothing.
+    const ROUNDS: u32 = 4;
+
+    fn has_settled(&mut self, dirty_pages: u64) -> bool {
+        let same = dirty_pages.abs_diff(self.before) as f64 <= Self::SAME * self.before as f64;
+        self.before = dirty_pages;
+        self.rounds = if same { self.rounds + 1 } else { 0 };
+        self.rounds >= Self::ROUNDS
+    }
 }
 
 /// The shortest pause that so many rounds after the first pass reach.
 pub fn shortest_pause(workload: &Workload, path: &Path, max_rounds: u32) -> Duration {
     let mut shortest = Duration::MAX;
-    play(workload, path, |end| {
+    play(workload, path, None, |end| {
         shortest = shortest.min(end.predicted_pause());
         match end.round < max_rounds {
             true => Decision::Continue,
@@ -144,59 +217,103 @@ pub fn shortest_pause(workload: &Workload, path: &Path, max_rounds: u32) -> Dura
     shortest
 }
 
-fn play(workload: &Workload, path: &Path, mut decide: impl FnMut(&RoundEnd) -> Decision) -> Prediction {
-    let contents = &workload.contents;
-    let [first, again] = [contents.first, contents.again].map(|cost| cost.at(path.bandwidth_bytes_per_s));
-    let in_pause = contents.in_pause_at(path.bandwidth_bytes_per_s, path.switchover_bytes_per_s);
-    let per_zone = (SLICES / workload.zones.len().max(1)).max(1);
-    let share = 1.0 / per_zone as f64;
-    let mut slices: Vec<Slice<'_>> = workload
-        .zones
-        .iter()
-        .flat_map(|zone| (0..per_zone).map(move |_| zone))
-        .map(|zone| Slice { dirtying: &zone.dirtying, touched_pages: zone.touched_pages * share, dirty_pages: 0.0 })
-        .collect();
+impl<'w> Slices<'w> {
+    /// Clean, or with so many dirty pages in each zone.
+    fn new(workload: &'w Workload, dirty_pages: Option<&[f64]>) -> Self {
+        let zones = workload.zones.len();
+        let per_zone = (SLICES / zones.max(1)).max(1);
+        let share = 1.0 / per_zone as f64;
+        let dirty_in = |zone: usize| dirty_pages.and_then(|all| all.get(zone)).map_or(0.0, |pages| pages * share);
+        let slices = workload.zones.iter().enumerate().flat_map(|(index, zone)| {
+            (0..per_zone).map(move |_| Slice {
+                zone: index,
+                dirtying: &zone.dirtying,
+                touched_pages: zone.touched_pages * share,
+                dirty_pages: dirty_in(index),
+            })
+        });
+        Self { slices: slices.collect(), share, zones }
+    }
 
-    let mut rounds: Vec<PredictedRound> = Vec::new();
-    let mut elapsed = path.setup.as_secs_f64();
-    let mut wire_bytes_per_page = again.wire_bytes;
-    // Waited for the destination to catch up, since the last round ended.
-    let mut waited = 0.0;
-    loop {
-        let first_pass = rounds.is_empty();
-        let cost = if first_pass { first } else { again };
-        let to_send = |slice: &Slice<'_>| if first_pass { slice.touched_pages } else { slice.dirty_pages };
-        let pages: f64 = slices.iter().map(to_send).sum();
-        let seconds = cost.seconds(pages, path.bandwidth_bytes_per_s) + path.round_overhead.as_secs_f64();
-        let wire_bytes = pages * cost.wire_bytes;
-        elapsed += seconds;
+    /// What a round has to send.
+    fn to_send(&self, first_pass: bool) -> f64 {
+        self.slices.iter().map(|slice| slice.to_send(first_pass)).sum()
+    }
 
+    /// A round of so many seconds, which began `waited` seconds after the last harvest.
+    fn visit(&mut self, first_pass: bool, seconds: f64, waited: f64) {
+        let pages = self.to_send(first_pass);
+        let Self { slices, share, zones } = self;
         let mut visited = waited;
-        for slice in &mut slices {
-            let taking =
-                seconds * if pages > 0.0 { to_send(slice) / pages } else { share / workload.zones.len() as f64 };
+        for slice in slices {
+            let part = if pages > 0.0 { slice.to_send(first_pass) / pages } else { *share / *zones as f64 };
+            let taking = seconds * part;
             let since_harvest = visited + taking / 2.0;
             let since_clear = waited + seconds - since_harvest;
             visited += taking;
             // Before the first pass every page is dirty.
-            let age = if first_pass { f64::INFINITY } else { slice.dirtying.window(slice.dirty_pages / share) };
+            let age = if first_pass { f64::INFINITY } else { slice.dirtying.window(slice.dirty_pages / *share) };
             let grown = match age.is_finite() {
                 true => {
                     slice.dirtying.pages(age + since_harvest + since_clear) - slice.dirtying.pages(age + since_clear)
                 }
                 false => 0.0,
             };
-            slice.dirty_pages = share * (slice.dirtying.pages(since_clear) + grown);
+            slice.dirty_pages = *share * (slice.dirtying.pages(since_clear) + grown);
         }
+    }
+
+    fn dirty_pages(&self) -> f64 {
+        self.slices.iter().map(|slice| slice.dirty_pages).sum()
+    }
+
+    fn by_zone(&self) -> Vec<f64> {
+        let mut pages = vec![0.0; self.zones];
+        self.slices.iter().for_each(|slice| pages[slice.zone] += slice.dirty_pages);
+        pages
+    }
+}
+
+impl Slice<'_> {
+    fn to_send(&self, first_pass: bool) -> f64 {
+        if first_pass { self.touched_pages } else { self.dirty_pages }
+    }
+}
+
+/// Plays rounds until `decide` ends them: all of them, or those that follow where a move stands.
+fn play(
+    workload: &Workload,
+    path: &Path,
+    standing: Option<&Standing>,
+    mut decide: impl FnMut(&RoundEnd) -> Decision,
+) -> Prediction {
+    let contents = &workload.contents;
+    let [first, again] = [contents.first, contents.again].map(|cost| cost.at(path.bandwidth_bytes_per_s));
+    let in_pause = contents.in_pause_at(path.bandwidth_bytes_per_s, path.switchover_bytes_per_s);
+    let mut slices = Slices::new(workload, standing.map(|standing| &standing.dirty_pages[..]));
+    let mut rounds: Vec<PredictedRound> = Vec::new();
+    let before = standing.map_or(0, |standing| standing.round + 1);
+    let mut elapsed = standing.map_or(path.setup, |standing| standing.elapsed).as_secs_f64();
+    let mut wire_bytes_per_page = again.wire_bytes;
+    // Waited for the destination to catch up, since the last round ended.
+    let mut waited = 0.0;
+    loop {
+        let first_pass = standing.is_none() && rounds.is_empty();
+        let cost = if first_pass { first } else { again };
+        let pages = slices.to_send(first_pass);
+        let seconds = cost.seconds(pages, path.bandwidth_bytes_per_s) + path.round_overhead.as_secs_f64();
+        let wire_bytes = pages * cost.wire_bytes;
+        elapsed += seconds;
+        slices.visit(first_pass, seconds, waited);
         waited = 0.0;
 
         if wire_bytes >= TELLING_ROUND_BYTES as f64 {
             wire_bytes_per_page = cost.wire_bytes;
         }
-        let dirty_pages: f64 = slices.iter().map(|slice| slice.dirty_pages).sum();
+        let dirty_pages = slices.dirty_pages();
         let queued_bytes = path.queued_bytes.min(wire_bytes);
         let end = RoundEnd {
-            round: rounds.len() as u32,
+            round: before + rounds.len() as u32,
             elapsed: Duration::from_secs_f64(elapsed.min(1e9)),
             dirty_pages: dirty_pages.round() as u64,
             wire_bytes_per_page,
@@ -223,7 +340,8 @@ fn play(workload: &Workload, path: &Path, mut decide: impl FnMut(&RoundEnd) -> D
             continue;
         }
         let given_up = matches!(decision, Decision::GiveUp(_) | Decision::Continue);
-        let sent = path.probe_bytes + rounds.iter().map(|round| round.wire_bytes).sum::<f64>();
+        let probed = if standing.is_none() { path.probe_bytes } else { 0.0 };
+        let sent = probed + rounds.iter().map(|round| round.wire_bytes).sum::<f64>();
         return Prediction {
             end: match decision {
                 Decision::Continue => Decision::GiveUp(format!("{MOST_ROUNDS} rounds were not enough")),

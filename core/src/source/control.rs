@@ -27,6 +27,7 @@ mod postcopying;
 mod reconnecting;
 mod rounds;
 mod setup;
+mod stalling;
 mod vocabulary;
 
 use std::collections::VecDeque;
@@ -39,6 +40,7 @@ use self::postcopying::PostCopying;
 use self::reconnecting::{LastBreak, Reconnecting};
 pub(crate) use self::rounds::TELLING_ROUND_BYTES;
 pub(crate) use self::setup::probe_bytes;
+use self::stalling::Course;
 pub use self::vocabulary::{Action, Done, Input, NotOffered, RoundSent};
 use super::{CancelError, Compression, SourceOptions, SourceOutcome};
 use crate::channel::SessionToken;
@@ -110,6 +112,8 @@ pub struct SourceControl {
     cut: bool,
     queue_awaited_since: Option<Duration>,
     cost: FixedCost,
+    /// How the move goes.
+    course: Course,
     switchover_bytes_per_s: f64,
     wire_bytes_per_page: f64,
     paused_at: Option<Duration>,
@@ -178,6 +182,7 @@ impl SourceControl {
             cut: false,
             queue_awaited_since: None,
             cost: FixedCost::default(),
+            course: Course::default(),
             paused_at: None,
             guest_stopped: false,
             downtime: None,
@@ -223,7 +228,7 @@ impl SourceControl {
             Phase::FirstPass | Phase::Rounds => {
                 let queue = self.queue_awaited_since.map(|since| since + QUEUE_LIMIT);
                 let timeout = self.options.timeout.filter(|_| !self.cut);
-                return queue.into_iter().chain(timeout).min();
+                return queue.into_iter().chain(timeout).chain(self.certain_at()).min();
             }
             Phase::Connect | Phase::PreSwitchover => return None,
             // Neither end gives up by itself.
@@ -359,6 +364,7 @@ impl SourceControl {
             Input::DowntimeLimit(limit) => self.options.downtime_limit = limit,
             Input::PostCopy if self.may_go_over().is_ok() => self.go_over("it was asked for".into(), false),
             Input::Proceed | Input::PostCopy | Input::Abandon | Input::Cancel | Input::Release | Input::Tick => {}
+            Input::Looked(so_far) => self.looked(so_far),
         }
         self.check_deadline();
     }
@@ -376,6 +382,11 @@ impl SourceControl {
         let peer = &self.peer_host;
         match self.phase {
             Phase::FirstPass | Phase::Rounds if self.queue_awaited_since.is_some() => self.next_round(),
+            Phase::FirstPass | Phase::Rounds
+                if self.options.timeout.is_none_or(|timeout| self.cut || self.now < timeout) =>
+            {
+                self.stalled_meanwhile();
+            }
             Phase::FirstPass | Phase::Rounds => {
                 self.cut = true;
                 self.act(Action::CutRound);

@@ -26,6 +26,7 @@ use super::worker::Told as WorkerTold;
 use super::{CancelError, SourceOutcome, jobs};
 use crate::audit;
 use crate::channel::{Channel, Dial};
+use crate::fit::Watch;
 use crate::link::LinkEnd;
 use crate::machine::SourceMachine;
 use crate::message::{Applied, Message};
@@ -119,6 +120,7 @@ pub struct Driver {
     pages: Pages,
     probe: Option<Probe>,
     round: Option<Round>,
+    watch: Option<Watch>,
     applying: Applying,
     verify: bool,
     channels: u16,
@@ -132,6 +134,7 @@ struct Probe {
 
 struct Round {
     began: Instant,
+    pages: u64,
     wire_bytes: u64,
     capped: bool,
 }
@@ -168,6 +171,7 @@ impl Driver {
             pages: Pages::default(),
             probe: None,
             round: None,
+            watch: None,
             applying: Applying::default(),
         }
     }
@@ -185,10 +189,16 @@ impl Driver {
                 Some(deadline) => deadline.saturating_sub(self.now()).min(TICK),
                 None => TICK,
             };
+            let wait = self
+                .watch
+                .as_ref()
+                .and_then(|watch| watch.due())
+                .map_or(wait, |due| wait.min(due.saturating_sub(self.now())));
             match self.events.recv_timeout(wait) {
                 Ok(event) => self.take_in(event),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => self.input(Input::Tick),
             }
+            self.look();
             self.listen_for_silence();
             self.handle.note(&self.control);
         }
@@ -300,6 +310,7 @@ impl Driver {
             Action::SendMissing => self.send_missing(),
             Action::Serve => self.serve(),
             Action::Push => self.pages.push(),
+            Action::Throttle { share } => self.throttle(share),
             Action::HangUp => self.hang_up(),
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.connect(None),
@@ -327,7 +338,18 @@ impl Driver {
                 self.settler.get_or_insert_with(|| Settler::start(Arc::clone(&self.machine)));
                 let flow = &self.handle.flow;
                 let capped = flow.bytes_per_s().is_some();
-                self.round = Some(Round { began: Instant::now(), wire_bytes: flow.wire_bytes(), capped });
+                let (pages, wire_bytes) = (flow.pages().visited(), flow.wire_bytes());
+                self.round = Some(Round { began: Instant::now(), pages, wire_bytes, capped });
+                let layout = self.data.as_ref().map(|data| data.shared.pages.view.layout());
+                match (&mut self.watch, layout) {
+                    (None, Some(layout)) => match Watch::new(layout, flow.now(), self.control.encodings()) {
+                        Ok(watch) => self.watch = Some(watch),
+                        Err(error) => self.input(Input::Failed(error.to_string())),
+                    },
+                    // The links broke in the middle of the first pass.
+                    (Some(watch), _) => watch.give_up(),
+                    (None, None) => {}
+                }
                 self.order(Order::Round { first }, usize::MAX);
             }
             Action::AwaitQueue => self.queue_awaited = !self.queue_empty(),
@@ -397,7 +419,7 @@ impl Driver {
 
     fn end_round(&mut self, pages: u64, again: u64) {
         let Some(data) = &self.data else { return };
-        let Some(Round { began, wire_bytes, capped }) = self.round.take() else { return };
+        let Some(Round { began, wire_bytes, capped, .. }) = self.round.take() else { return };
         let flow = &self.handle.flow;
         let mut sent = RoundSent {
             duration: began.elapsed(),
@@ -415,8 +437,33 @@ impl Driver {
         sent.dirty_pages = data.shared.pages.pending.count();
         sent.queued_bytes = data.queued_bytes();
         sent.applying = self.applying.time_for(data.queued_pages());
-        self.handle.round_ended(sent);
+        sent.seen =
+            self.watch.as_mut().map(|watch| watch.round_ended(&data.shared.pages, flow.now())).unwrap_or_default();
+        self.handle.round_ended(&sent);
         self.input(Input::Done(Done::RoundSent(sent)));
+    }
+
+    /// Looks at what the guest has dirtied so far in the first pass, if that is due.
+    fn look(&mut self) {
+        let (Some(watch), Some(data), Some(round)) = (&mut self.watch, &self.data, &self.round) else { return };
+        let flow = &self.handle.flow;
+        if watch.due().is_none_or(|due| flow.now() < due) {
+            return;
+        }
+        let input = match watch.look(&data.shared.pages, self.machine.dirty_log(), &|| flow.now()) {
+            Ok(seen) => Input::Looked(RoundSent {
+                duration: round.began.elapsed(),
+                pages: flow.pages().visited() - round.pages,
+                wire_bytes: flow.wire_bytes() - round.wire_bytes,
+                dirty_pages: seen.dirty_pages.iter().sum::<f64>() as u64,
+                queued_bytes: data.queued_bytes(),
+                capped: round.capped,
+                seen,
+                ..RoundSent::default()
+            }),
+            Err(error) => Input::Failed(error.to_string()),
+        };
+        self.input(input);
     }
 
     fn end(mut self, mut outcome: SourceOutcome) {

@@ -57,7 +57,7 @@ pub fn harvest(
     lock(harvester).harvest(view.layout(), machine.dirty_log(), view.memory(), pending)
 }
 
-/// Pauses the guest, saves its state and collects the last dirty pages; without `dirty`, memory is handed over, and no log is kept.
+/// Lifts the throttle, pauses the guest, saves its state and collects the last dirty pages; without `dirty`, memory is handed over, and no log is kept.
 pub fn stop_guest(
     machine: &dyn SourceMachine,
     ownership: Option<&Holding>,
@@ -72,6 +72,8 @@ pub fn stop_guest(
         steps.push(TimedStep { name: name.into(), duration: ended.saturating_sub(began) });
         began = ended;
     };
+    // However and wherever the guest goes on, it does so at its full speed.
+    machine.throttle(1.0);
     machine.pause(limit)?;
     // Whatever ends the move from here on gives the right back before the guest resumes.
     if let Some(holding) = ownership {

@@ -41,6 +41,8 @@ pub enum OnStall {
     Abort,
     /// Stop the guest all the same and accept the longer pause.
     Force,
+    /// Hold its vCPUs to the highest rate of writing that meets the limits.
+    Throttle,
     /// Let the guest go on at the destination, and send what is left of its memory after it ([`crate::postcopy`]).
     PostCopy,
 }

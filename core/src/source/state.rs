@@ -11,7 +11,6 @@ use super::flow::Flow;
 use super::worker;
 use crate::link::ControlLink;
 use crate::phase::Phase;
-use crate::policy;
 use crate::progress::{Progress, Reconnecting};
 use crate::sync::lock;
 
@@ -44,7 +43,7 @@ struct Noted {
     predicted_pause: Option<Duration>,
     downtime: Option<Duration>,
     reconnecting: Option<Reconnecting>,
-    switchover_bytes_per_s: f64,
+    after_this_round: Option<Duration>,
     dirty_pages_per_s: f64,
     wire_bytes_per_page: f64,
     downtime_limit: Duration,
@@ -110,7 +109,7 @@ impl Shared {
         noted.predicted_pause = control.predicted_pause();
         noted.downtime = control.downtime();
         noted.reconnecting = control.reconnecting();
-        noted.switchover_bytes_per_s = control.switchover_bytes_per_s();
+        noted.after_this_round = control.after_this_round();
         if control.phase() >= Phase::FirstPass {
             noted.setup.get_or_insert(now);
         }
@@ -126,7 +125,7 @@ impl Shared {
     }
 
     /// Notes what a round has shown.
-    pub fn round_ended(&self, sent: RoundSent) {
+    pub fn round_ended(&self, sent: &RoundSent) {
         let mut noted = lock(&self.noted);
         noted.dirty_pages_per_s = sent.dirty_pages as f64 / sent.duration.as_secs_f64().max(1e-6);
         if sent.pages > 0 {
@@ -145,12 +144,9 @@ impl Shared {
             _ => 0.0,
         };
         let moving = matches!(noted.phase, Some(Phase::FirstPass | Phase::Rounds));
-        let time_left = policy::time_left(
-            remaining_pages as f64 * noted.wire_bytes_per_page,
-            rate,
-            noted.dirty_pages_per_s * noted.wire_bytes_per_page,
-            noted.downtime_limit.as_secs_f64() * noted.switchover_bytes_per_s,
-        );
+        // The rest of this round at what leaves now; what follows it as the fit has it.
+        let this_round = remaining_pages as f64 * noted.wire_bytes_per_page / rate.max(1.0);
+        let time_left = noted.after_this_round.map(|then| then + Duration::from_secs_f64(this_round.min(1e9)));
         Progress {
             phase: noted.phase,
             round: noted.round,

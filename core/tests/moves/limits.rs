@@ -10,7 +10,7 @@ fn a_limit_that_cannot_be_met_ends_the_move_or_forces_the_pause() {
     let destination = Destination::start(DestinationOptions::default());
     let outcome = start(&machine, &destination, hopeless.clone()).wait();
     let SourceOutcome::Failed(why, report) = &*outcome else { panic!("{outcome:?}") };
-    assert!(why.contains("does not converge") && report.rounds.len() == 5, "{why}: {}", report.rounds.len());
+    assert!(why.contains("does not converge") && report.rounds.len() <= 5, "{why}: {}", report.rounds.len());
     assert_runs_on(&machine);
     let impossible = SourceOptions { downtime_limit: Duration::ZERO, ..options() };
     let destination = Destination::start(DestinationOptions::default());

@@ -127,6 +127,10 @@ impl Machine {
         if !hardware.running || hardware.halted {
             return None;
         }
+        let share = hardware.throttle;
+        if share < 1.0 && !hardware.chance.hit(share) {
+            return None;
+        }
         self.guest_writes(&mut hardware, None);
         if !disk {
             return None;
@@ -188,6 +192,9 @@ impl Machine {
         }
         if hardware.requests != truth.outstanding() {
             truth.violate(|| "a guest runs without a disk write that it has asked for".into());
+        }
+        if hardware.throttle < 1.0 {
+            truth.violate(|| "a guest goes on throttled that had been stopped".into());
         }
         hardware.running = true;
         hardware.halted = false;

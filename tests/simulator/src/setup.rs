@@ -141,7 +141,7 @@ fn options(chance: &mut Chance) -> SourceOptions {
         handover_timeout: chance.time(seconds(1), seconds(30)),
         timeout: chance.hit(0.2).then(|| chance.time(ms(100), seconds(5))),
         max_rounds: 1 + chance.below(10) as u32,
-        on_stall: if chance.hit(0.7) { OnStall::Force } else { OnStall::Abort },
+        on_stall: *chance.pick(&[OnStall::Force, OnStall::Force, OnStall::Throttle, OnStall::Abort]),
         pause_before_switchover: chance.hit(0.05),
         channels: 1 + chance.below(3) as u16,
         compression: *chance.pick(&[Compression::None, Compression::Auto, Compression::Zstd(1)]),

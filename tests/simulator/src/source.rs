@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use godwit_core::fit::Watch;
 use godwit_core::machine::SourceMachine;
 use godwit_core::memory_files::{MemoryOffer, OfferedRegion};
 use godwit_core::message::{Applied, Message};
@@ -65,6 +66,7 @@ pub struct SourceEnd {
     cut: bool,
     tally: Tally,
     round: Option<(Duration, u64)>,
+    watch: Option<Watch>,
     probe: Option<(u64, Duration)>,
     queue_awaited: bool,
     table_seed: u64,
@@ -104,6 +106,7 @@ impl SourceEnd {
             cut: false,
             tally: Tally::default(),
             round: None,
+            watch: None,
             probe: None,
             queue_awaited: false,
             table_seed: 0,
@@ -235,6 +238,7 @@ impl World {
             end.tick_at = now + TICK;
             self.wake_at(process, end.tick_at, Wake::Tick);
         }
+        self.source_looks(end);
         self.source_input(end, Input::Tick);
         let limit = end.control.silence_limit();
         if end.link.as_mut().is_some_and(|link| link.has_fallen_silent(now, limit)) {
@@ -268,6 +272,7 @@ impl World {
             | Action::Serve
             | Action::Push
             | Action::EndChannels => self.violate("a move goes over to post-copy that nobody wanted to"),
+            Action::Throttle { share } => end.machine.throttle(share),
             Action::HangUp => self.source_hangs_up(end),
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.source_dials((process, end), Dial::First),
@@ -293,6 +298,14 @@ impl World {
             Action::StartLog => self.source_queues_job((process, end), Job::StartLog),
             Action::Round { first } => {
                 end.round = Some((self.now(), end.written_bytes()));
+                match (&mut end.watch, &end.pages) {
+                    (None, Some(pages)) => {
+                        let began = self.now() - end.began;
+                        end.watch = Watch::new(pages.view.layout(), began, end.control.encodings()).ok();
+                    }
+                    (Some(watch), _) => watch.give_up(),
+                    (None, None) => {}
+                }
                 self.source_orders((process, end), Order::Round { first }, usize::MAX);
             }
             Action::AwaitQueue => self.source_queue(end),

@@ -68,8 +68,8 @@ impl SourceControl {
     pub(super) fn flushed(&mut self) {
         let (pause, limit) = (self.cost.total(), self.options.downtime_limit);
         let forced = match (pause > limit, self.options.on_stall) {
-            // There is nothing that could follow.
-            (true, OnStall::Abort | OnStall::PostCopy) => {
+            // A guest that writes less makes it no shorter, and there is nothing that could follow.
+            (true, OnStall::Abort | OnStall::Throttle | OnStall::PostCopy) => {
                 return self.fail(format!(
                     "the move does not converge: the pause takes {pause:.1?} although no memory is copied, where {limit:.1?} \
                      are allowed"

@@ -124,6 +124,8 @@ impl SourceControl {
             at_ms: self.now.as_secs_f64() * 1e3,
             ..Reconnection::default()
         });
+        self.lift_throttle();
+        self.course.broken();
         self.reconnecting = Some(Reconnecting { since, attempts: 0, why, stage: Stage::BreakingOff });
     }
 

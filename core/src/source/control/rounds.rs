@@ -3,7 +3,7 @@
 use super::{Action, RoundSent, SourceControl};
 use crate::message::{Message, RoundStart};
 use crate::phase::Phase;
-use crate::policy::{Decision, Limits, RoundEnd};
+use crate::policy::{Decision, RoundEnd};
 use crate::progress::RoundReport;
 
 /// Rounds that sent less say little about the rate.
@@ -43,16 +43,8 @@ impl SourceControl {
             }
         }
         self.cost.harvest = sent.harvest;
-        let end = RoundEnd {
-            round: self.round,
-            elapsed: self.now,
-            dirty_pages: sent.dirty_pages,
-            wire_bytes_per_page: self.wire_bytes_per_page,
-            queued_bytes: sent.queued_bytes,
-            applying: sent.applying,
-            switchover_bytes_per_s: self.switchover_bytes_per_s,
-            fixed: self.cost.total(),
-        };
+        self.learn(&sent);
+        let end = self.round_end(&sent);
         let report = RoundReport {
             round: self.round,
             duration_ms: sent.duration.as_secs_f64() * 1e3,
@@ -66,18 +58,13 @@ impl SourceControl {
         if self.postcopy.is_some() {
             return self.ask_for_postcopy();
         }
-        let limits = Limits {
-            downtime: self.options.downtime_limit,
-            max_rounds: self.options.max_rounds,
-            timeout: self.options.timeout,
-            on_stall: self.options.on_stall,
-        };
+        let limits = self.limits();
         match end.decide(&limits) {
             Decision::AwaitQueue => {
                 self.queue_awaited_since = Some(self.now);
                 self.act(Action::AwaitQueue);
             }
-            Decision::Continue => self.next_round(),
+            Decision::Continue => self.go_on(&end, &limits),
             Decision::Stop => {
                 let pause = end.predicted_pause();
                 self.act(Action::Say(format!(
@@ -86,17 +73,30 @@ impl SourceControl {
                 )));
                 self.switch_over();
             }
-            Decision::ForceStop(why) => {
-                self.act(Action::Say(format!("stopping the guest all the same (--on-stall force): {why}")));
-                self.switch_over();
-            }
+            Decision::ForceStop(why) => self.force(&end, &limits, &why),
             Decision::PostCopy(why) => self.go_over(why, true),
             Decision::GiveUp(why) => self.fail(format!("the move does not converge: {why}")),
         }
     }
 
+    /// Where the move stands after a round, or in the middle of one.
+    pub(super) fn round_end(&self, sent: &RoundSent) -> RoundEnd {
+        RoundEnd {
+            round: self.round,
+            elapsed: self.now,
+            dirty_pages: sent.dirty_pages,
+            wire_bytes_per_page: self.wire_bytes_per_page,
+            queued_bytes: sent.queued_bytes,
+            applying: sent.applying,
+            switchover_bytes_per_s: self.switchover_bytes_per_s,
+            fixed: self.cost.total(),
+        }
+    }
+
     pub(super) fn switch_over(&mut self) {
         if self.options.pause_before_switchover && !self.proceed {
+            // While nothing is sent, a throttle is of no use.
+            self.lift_throttle();
             return self.enter(Phase::PreSwitchover);
         }
         self.stop_guest();
@@ -106,6 +106,8 @@ impl SourceControl {
         self.enter(Phase::Pause);
         self.paused_at = Some(self.now);
         self.guest_stopped = true;
+        // Stopping the guest does it.
+        self.course.lifted();
         self.act(Action::StopGuest);
     }
 }

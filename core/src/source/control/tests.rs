@@ -266,6 +266,7 @@ proptest! {
 mod broken_links;
 mod handing_over;
 mod postcopying;
+mod stalling;
 
 mod with_claims {
     //! The same where the machine has claims: after *commit* they say whose it is.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::channel::SessionToken;
+use crate::fit::Seen;
 use crate::machine::{MachineDescription, Refusal, Section};
 use crate::message::{Message, TimedStep};
 use crate::ownership::Settlement;
@@ -41,6 +42,8 @@ pub enum Input {
     Release,
     /// The downtime limit was changed.
     DowntimeLimit(Duration),
+    /// What the first pass has been so far.
+    Looked(RoundSent),
     /// Time has passed.
     Tick,
 }
@@ -124,7 +127,7 @@ pub enum NotOffered {
 }
 
 /// What a round has been.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct RoundSent {
     /// How long it took.
     pub duration: Duration,
@@ -144,6 +147,8 @@ pub struct RoundSent {
     pub harvest: Duration,
     /// Whether a cap was in force at some time in it.
     pub capped: bool,
+    /// What is dirty where, and for how long it has had time to be.
+    pub seen: Seen,
 }
 
 /// What the driver is to do. All but the first group answer with a [`Done`] or [`Input::Failed`].
@@ -161,6 +166,11 @@ pub enum Action {
     CutRound,
     /// Let them finish rounds again.
     UncutRounds,
+    /// Leave the vCPUs that write this share of their time, from now on; 1: all of it.
+    Throttle {
+        /// Of their time.
+        share: f64,
+    },
     /// Hang up, and end the workers.
     HangUp,
     /// Say which pages are missing at the destination: all that are pending.
@@ -225,7 +235,7 @@ pub enum Action {
     },
     /// Say when everything sent has been acknowledged.
     AwaitQueue,
-    /// Pause, save, and harvest if the dirty log runs.
+    /// Lift the throttle, pause, save, and harvest if the dirty log runs.
     StopGuest,
     /// Send what is left, without cap, and end the channels.
     SendFinal,

@@ -107,6 +107,13 @@ impl Driver {
         });
     }
 
+    /// Leaves the vCPUs that write this share of their time. Nobody waits for it.
+    pub(super) fn throttle(&mut self, share: f64) {
+        if !self.jobs.queue(move |machine, _| machine.throttle(share)) {
+            self.input(Input::Failed("no thread could be started for the machine".into()));
+        }
+    }
+
     pub(super) fn stop_guest(&mut self) {
         let data = self.data.as_ref().map(|data| (Arc::clone(&data.shared), Arc::clone(&data.harvester)));
         let (ownership, handle) = (self.ownership.clone(), Arc::clone(&self.handle));

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use godwit_core::machine::SourceMachine;
 use godwit_core::source::control::{Done, Input, RoundSent};
-use godwit_core::source::jobs;
 use godwit_core::source::sending::{Order, Pace, Polled, Report};
 use godwit_core::source::tally::{Tallied, Tally};
+use godwit_core::source::{SendingChannel, jobs};
 
 use super::{End, SourceEnd};
 use crate::chance::us;
@@ -131,12 +131,35 @@ impl World {
         }
     }
 
+    /// Looks at what the guest has dirtied so far in the first pass, if that is due.
+    pub(super) fn source_looks(&mut self, end: &mut SourceEnd) {
+        let (Some(watch), Some(pages), Some((began, written))) = (&mut end.watch, &end.pages, end.round) else {
+            return;
+        };
+        let now = self.now();
+        if watch.due().is_none_or(|due| now - end.began < due) {
+            return;
+        }
+        let input = match watch.look(pages, end.machine.dirty_log(), &|| now - end.began) {
+            Ok(seen) => Input::Looked(RoundSent {
+                duration: now - began,
+                pages: end.sending.iter().map(|sending| sending.counts().visited()).sum(),
+                wire_bytes: end.sending.iter().map(SendingChannel::written_bytes).sum::<u64>() - written,
+                seen,
+                ..RoundSent::default()
+            }),
+            Err(error) => Input::Failed(error.to_string()),
+        };
+        self.source_input(end, input);
+    }
+
     fn source_ends_round(&mut self, end: &mut SourceEnd, sent_pages: u64, again: u64) {
         let (Some(pages), Some(harvester)) = (&end.pages, &end.harvester) else { return };
         let Some((began, written)) = end.round.take() else { return };
         if let Err(error) = jobs::harvest(&*end.machine, pages, harvester) {
             return self.source_input(end, Input::Failed(error.to_string()));
         }
+        let seen = end.watch.as_mut().map(|watch| watch.round_ended(pages, self.agenda.now() - end.began));
         let sent = RoundSent {
             duration: self.now() - began,
             pages: sent_pages,
@@ -148,6 +171,7 @@ impl World {
             applying: Duration::ZERO,
             harvest: us(20),
             capped: end.pacer.bytes_per_s().is_some(),
+            seen: seen.unwrap_or_default(),
         };
         let RoundSent { pages, dirty_pages, queued_bytes, .. } = sent;
         self.note(format_args!("round sent: {pages} pages, {dirty_pages} dirty, {queued_bytes} bytes queued"));

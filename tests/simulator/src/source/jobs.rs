@@ -29,7 +29,7 @@ pub enum Job {
     Flush,
     /// Start the dirty log.
     StartLog,
-    /// Pause, save, harvest.
+    /// Lift the throttle, pause, save, harvest.
     StopGuest,
     /// Let go of memory.
     LetGo,

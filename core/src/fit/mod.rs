@@ -1,0 +1,122 @@
+//! What a move under way learns of the guest that it moves, and how it will go on by that.
+//!
+//! The first pass gives a curve U(t) of each part of memory ([`Watch`], [`Ages`]). Every round after it tells how fast the guest writes
+//! compared with that: the speed at which the model would have left as much dirty as was found. So a throttle shows, and so does a guest
+//! that works harder or less than it did; one whose habits are others altogether is known by its last round alone.
+//!
+//! ```text
+//! first pass:  look, look, look …  →  U(t) by zone
+//! each round:  dirty before, time, dirty after  →  speed
+//! both, and where the move stands  →  Outlook
+//! ```
+
+mod ages;
+mod outlook;
+mod resent;
+mod watch;
+
+use std::time::Duration;
+
+pub use self::ages::Ages;
+pub use self::outlook::Outlook;
+pub use self::watch::{Seen, Watch};
+use crate::predict::{Dirtying, Workload, Zone, dirty_after_round};
+
+/// How far a guest is expected to change its speed from round to round: one standard deviation, as a logarithm.
+const SPEED_CHANGE: f64 = 0.5;
+/// How far the model is expected to be off: one standard deviation of the pages dirty after a round, as a share,
+const MODEL_ERROR: f64 = 0.04;
+/// and in pages (stacks, the kernel's own).
+const STRAY_PAGES: f64 = 20.0;
+/// However little a round says of it, a guest does not write so many times as fast as it did, or as slowly.
+const FASTEST: f64 = 100.0;
+/// Speeds that are tried, in eighths of a doubling: from a sixteenth to sixteen times the last one.
+const TRIES: std::ops::RangeInclusive<i32> = -32..=32;
+/// Further off than this, the curves of the first pass say nothing of the guest any more.
+const OTHER_HABITS: f64 = 0.5;
+
+/// What is known of the guest.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Fit {
+    /// As counted in the first pass, at the speed that the guest had then.
+    zones: Vec<Zone>,
+    /// How many times as fast it writes now.
+    speed: f64,
+    /// Pages dirty in each zone when the last round ended.
+    dirty_pages: Vec<f64>,
+}
+
+impl Fit {
+    /// Something has been seen in the first pass, or at its end.
+    pub fn first_pass(&mut self, seen: Seen) {
+        if let Some(zones) = seen.zones {
+            (self.zones, self.speed) = (zones, 1.0);
+        }
+        self.dirty_pages = seen.dirty_pages;
+    }
+
+    /// A round after the first pass has taken so long, and has left this dirty.
+    pub fn round(&mut self, took: Duration, seen: Seen) {
+        let before = std::mem::replace(&mut self.dirty_pages, seen.dirty_pages);
+        if before.len() != self.zones.len() || self.dirty_pages.len() != before.len() {
+            // Nothing was seen of the first pass, or of this round.
+            return;
+        }
+        let found: f64 = self.dirty_pages.iter().sum();
+        let seconds = took.as_secs_f64();
+        let expected =
+            |speed: f64| -> f64 { dirty_after_round(&self.workload_at(speed), &before, seconds).iter().sum() };
+        let variance = found + (MODEL_ERROR * found).powi(2) + STRAY_PAGES.powi(2);
+        let unlikely = |&(steps, expected): &(f64, f64)| {
+            (steps * std::f64::consts::LN_2 / SPEED_CHANGE).powi(2) + (found - expected).powi(2) / variance
+        };
+        let tries = TRIES.map(|eighths| f64::from(eighths) / 8.0);
+        let likeliest = tries
+            .map(|doublings| (doublings, expected(self.speed * doublings.exp2())))
+            .min_by(|one, other| unlikely(one).total_cmp(&unlikely(other)));
+        let Some((doublings, expected)) = likeliest else { return };
+        self.speed = (self.speed * doublings.exp2()).clamp(1.0 / FASTEST, FASTEST);
+        if (found - expected).abs() > OTHER_HABITS * found + 10.0 * STRAY_PAGES {
+            self.learn_anew(seconds);
+        }
+    }
+
+    /// The guest is made to write so many times as fast as it did.
+    pub fn sped(&mut self, factor: f64) {
+        self.speed *= factor;
+    }
+
+    /// What happens until the next round ends cannot be told from what was dirty when the last one did.
+    pub fn interrupted(&mut self) {
+        self.dirty_pages.clear();
+    }
+
+    /// How many times as fast it writes as it did in the first pass.
+    pub fn speed(&self) -> f64 {
+        self.speed
+    }
+
+    /// Pages dirty in each zone when the last round ended. `None`: too little has been seen.
+    pub fn dirty_pages(&self) -> Option<&[f64]> {
+        let known = !self.zones.is_empty() && self.zones.len() == self.dirty_pages.len();
+        known.then_some(&self.dirty_pages[..])
+    }
+
+    /// The guest at so many times the speed of the first pass. Without contents: those are known elsewhere.
+    fn workload_at(&self, speed: f64) -> Workload {
+        let zones = self.zones.iter().map(|zone| Zone { dirtying: zone.dirtying.at_speed(speed), ..zone.clone() });
+        Workload { zones: zones.collect(), contents: crate::predict::Contents::incompressible() }
+    }
+
+    /// On average, a part of memory was visited in the middle of the round.
+    fn learn_anew(&mut self, seconds: f64) {
+        let window = Duration::from_secs_f64((seconds / 2.0).max(1e-3));
+        for (zone, dirty_pages) in self.zones.iter_mut().zip(&self.dirty_pages) {
+            zone.dirtying = Dirtying::measured(&[(window, *dirty_pages)], zone.touched_pages);
+        }
+        self.speed = 1.0;
+    }
+}
+
+#[cfg(test)]
+mod tests;

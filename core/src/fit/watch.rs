@@ -1,0 +1,182 @@
+//! Looks at the dirty log while the first pass goes over memory, and counts what is dirty by zone.
+//!
+//! A look clears nothing: it costs the guest nothing, and the move hardly anything. When the bits of a part of memory were
+//! cleared is not told by anybody; it is known to lie between the two looks of which the later one finds nothing pending there.
+
+use std::time::Duration;
+
+use super::ages::Ages;
+use super::resent::Resent;
+use crate::estimate::EstimateError;
+use crate::estimate::sampling::{self, MOST_STRIPES, ZONES};
+use crate::layout::{Layout, STRIPE_WORDS, StripeBits};
+use crate::machine::{DirtyLog, MachineError};
+use crate::predict::Zone;
+use crate::source::{Compression, SourcePages};
+
+/// The shortest time between two looks,
+const INTERVAL: Duration = Duration::from_millis(50);
+/// and how many times as long as a look took they are at least apart: large memories take long to look at.
+const APART: u32 = 50;
+
+/// What a look has shown.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Seen {
+    /// U(t) of each zone. `None`: as before.
+    pub zones: Option<Vec<Zone>>,
+    /// Pages dirty in each zone, of those that have been visited.
+    pub dirty_pages: Vec<f64>,
+    /// Bytes on the wire of a page that is sent again, where differences may be sent instead; as far as known.
+    pub again_wire_bytes: Option<f64>,
+}
+
+/// The watch over one first pass, and what is dirty by zone after each round.
+pub struct Watch {
+    sample: Vec<usize>,
+    /// How many times as many pages there are as are looked at.
+    scale: f64,
+    /// When each stripe of the sample was visited.
+    visited: Vec<Option<Duration>>,
+    ages: Ages,
+    resent: Option<Resent>,
+    /// Zeros between looks.
+    words: Vec<Vec<u64>>,
+    looked: Duration,
+    due: Duration,
+    over: bool,
+}
+
+impl Watch {
+    /// A watch over a first pass that begins now.
+    /// `compression` and `delta_cache_bytes`: the move's.
+    pub fn new(
+        layout: &Layout,
+        now: Duration,
+        (compression, delta_cache_bytes): (Compression, u64),
+    ) -> Result<Self, EstimateError> {
+        let sample = sampling::sample(layout.stripes(), MOST_STRIPES);
+        let mut pages = vec![0.0; ZONES];
+        for &index in &sample {
+            pages[sampling::zone_of(index, layout.stripes())] += layout.stripe(index).pages as f64;
+        }
+        let scale = layout.pages() as f64 / pages.iter().sum::<f64>().max(1.0);
+        Ok(Self {
+            resent: Resent::new(compression, delta_cache_bytes)?,
+            visited: vec![None; sample.len()],
+            sample,
+            scale,
+            ages: Ages::new(pages.iter().map(|pages| pages * scale).collect()),
+            words: (0..layout.regions())
+                .map(|region| vec![0; layout.region_pages(region).div_ceil(64) as usize])
+                .collect(),
+            looked: now,
+            due: now + INTERVAL,
+            over: false,
+        })
+    }
+
+    /// When to look next. `None`: not any more.
+    pub fn due(&self) -> Option<Duration> {
+        (!self.over).then_some(self.due)
+    }
+
+    /// Looks; `now` is a clock.
+    pub fn look(
+        &mut self,
+        pages: &SourcePages,
+        log: &dyn DirtyLog,
+        now: &dyn Fn() -> Duration,
+    ) -> Result<Seen, MachineError> {
+        let layout = pages.view.layout();
+        let began = now();
+        self.note_visited(pages, began);
+        for (region, words) in self.words.iter_mut().enumerate() {
+            log.harvest(region, words)?;
+        }
+        let looked = now();
+        let words = std::mem::take(&mut self.words);
+        let bits = |index: usize| {
+            let stripe = layout.stripe(index);
+            let first = (index - layout.region_first_stripe(stripe.region)) * STRIPE_WORDS;
+            let of_region = &words[stripe.region];
+            let mut bits = StripeBits::default();
+            let logged = &of_region[first..of_region.len().min(first + STRIPE_WORDS)];
+            bits.iter_mut().zip(logged).zip(stripe.all()).for_each(|((word, logged), all)| *word = logged & all);
+            bits
+        };
+        let dirty_pages = self.count(layout, looked, bits);
+        if let Some(resent) = &mut self.resent {
+            let visited: Vec<usize> = self
+                .sample
+                .iter()
+                .zip(&self.visited)
+                .filter(|(_, visited)| visited.is_some())
+                .map(|(index, _)| *index)
+                .collect();
+            resent.look(&pages.view, looked, &visited, &bits);
+        }
+        self.words = words;
+        self.words.iter_mut().for_each(|words| words.fill(0));
+        self.looked = looked;
+        self.due = looked + INTERVAL.max((looked - began) * APART);
+        Ok(Seen { zones: Some(self.ages.zones()), dirty_pages, again_wire_bytes: self.again_wire_bytes() })
+    }
+
+    /// A round has ended and what is dirty has been collected. The first time this is the last look.
+    pub fn round_ended(&mut self, pages: &SourcePages, now: Duration) -> Seen {
+        let layout = pages.view.layout();
+        let zones = (!self.over).then(|| {
+            // All that is pending now was not visited again: this was the last moment to tell.
+            self.interpolate(now, |_| true);
+            self.count(layout, now, |index| pages.pending.get(index));
+            self.ages.zones()
+        });
+        self.over = true;
+        let mut dirty_pages = vec![0.0; ZONES];
+        for index in pages.pending.stripes() {
+            dirty_pages[sampling::zone_of(index, layout.stripes())] += f64::from(count(&pages.pending.get(index)));
+        }
+        Seen { zones, dirty_pages, again_wire_bytes: self.again_wire_bytes() }
+    }
+
+    fn again_wire_bytes(&self) -> Option<f64> {
+        self.resent.as_ref()?.wire_bytes()
+    }
+
+    /// The guest does not write as it did, or pages are pending again that had been visited: what has been counted stays.
+    pub fn give_up(&mut self) {
+        self.over = true;
+    }
+
+    fn note_visited(&mut self, pages: &SourcePages, now: Duration) {
+        self.interpolate(now, |index| pages.pending.get(index) == StripeBits::default());
+    }
+
+    /// Stripes that have been visited since the last look were visited one after the other.
+    fn interpolate(&mut self, now: Duration, is_visited: impl Fn(usize) -> bool) {
+        let new: Vec<usize> = (0..self.sample.len())
+            .filter(|&place| self.visited[place].is_none() && is_visited(self.sample[place]))
+            .collect();
+        let since = now.saturating_sub(self.looked).as_secs_f64();
+        for (rank, place) in new.iter().enumerate() {
+            let share = (rank as f64 + 0.5) / new.len() as f64;
+            self.visited[*place] = Some(self.looked + Duration::from_secs_f64(since * share));
+        }
+    }
+
+    /// Takes in what is dirty in each stripe that has been visited; how much that is by zone.
+    fn count(&mut self, layout: &Layout, now: Duration, dirty: impl Fn(usize) -> StripeBits) -> Vec<f64> {
+        let mut pages = vec![0.0; ZONES];
+        for (&index, visited) in self.sample.iter().zip(&self.visited) {
+            let Some(visited) = visited else { continue };
+            let (zone, dirty) = (sampling::zone_of(index, layout.stripes()), u64::from(count(&dirty(index))));
+            self.ages.count(zone, now.saturating_sub(*visited), layout.stripe(index).pages as u64, dirty);
+            pages[zone] += dirty as f64 * self.scale;
+        }
+        pages
+    }
+}
+
+fn count(bits: &StripeBits) -> u32 {
+    bits.iter().map(|word| word.count_ones()).sum()
+}
