@@ -111,8 +111,15 @@ pub fn measure(
     Ok(Measured { total_ms: ms(total_ns), downtime_ms, gap, link, outcome })
 }
 
-/// Has QEMU move its machine from `source` to `destination`, which waits at `uri`.
-pub fn measure_qemu(source: &Qemu, destination: &Qemu, target: Target, uri: &str, limit: Duration) -> Result<Measured> {
+/// Has QEMU move its machine from `source` to `destination`, which waits at `uri`. Each answer about its progress is shown to `show`.
+pub fn measure_qemu(
+    source: &Qemu,
+    destination: &Qemu,
+    target: Target,
+    uri: &str,
+    limit: Duration,
+    mut show: impl FnMut(&mut Client, &Value) -> Result<()>,
+) -> Result<Measured> {
     let mut watch = Watch::start(target, destination.process.pid());
     let mut qmp = source.qmp()?;
     let start_ns = monotonic_ns();
@@ -120,6 +127,7 @@ pub fn measure_qemu(source: &Qemu, destination: &Qemu, target: Target, uri: &str
     let mut outcome = Value::Null;
     let total_ns = watch.until_completed(start_ns, limit, || {
         outcome = qmp.execute("query-migrate", json!({}))?;
+        show(&mut qmp, &outcome)?;
         Ok(outcome["status"].as_str().unwrap_or_default().to_owned())
     })?;
     let gap = watch.gap()?;
@@ -187,7 +195,7 @@ impl Watch {
             let taken_ns = monotonic_ns() - start_ns;
             match status.as_str() {
                 "completed" => return Ok(taken_ns),
-                "" | "none" | "setup" | "active" | "pre-switchover" | "device" => {}
+                "" | "none" | "setup" | "active" | "pre-switchover" | "device" | "postcopy-active" => {}
                 other => return Err(NotCompleted::Ended(other.to_owned()).into()),
             }
             if taken_ns > limit.as_nanos() as u64 {

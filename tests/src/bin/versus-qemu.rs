@@ -88,8 +88,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut compared = Vec::new();
     for case in cases {
         eprintln!("\n{}: {}", case.name, case.workload.arguments().join(" "));
-        if !candidates.iter().all(|mover| mover.can(&case)) {
-            eprintln!("  left out: {} cannot keep to a cap", arguments.peer);
+        let candidates: Vec<_> = candidates.iter().filter(|mover| mover.can(&case)).cloned().collect();
+        if candidates.is_empty() {
+            eprintln!("  left out: {} cannot do it with these settings", arguments.peer);
             continue;
         }
         compared.push(compare::compare(

@@ -30,6 +30,17 @@ pub struct Case {
     pub contents_pages: u64,
     /// The link.
     pub link: Link,
+    /// How memory moves.
+    pub copy: Copying,
+}
+
+/// How memory moves. One is not compared with the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Copying {
+    /// Before the guest does.
+    Pre,
+    /// What is dirty after the first pass follows the guest.
+    Post,
 }
 
 impl Case {
@@ -43,11 +54,11 @@ impl Case {
 pub fn all(seed: Option<u64>) -> Vec<Case> {
     let mut draw = Draw(seed.map(fastrand::Rng::with_seed));
     let mut cases = Vec::new();
-    let mut add = |name, guest: Guest, links: &[(&'static str, Link)]| {
+    let mut add = |name, guest: Guest, copy, links: &[(&'static str, Link)]| {
         let (contents_mib, workload) = guest.draw(&mut draw);
         for &(suffix, link) in links {
             let name: &'static str = format!("{name}{suffix}").leak();
-            cases.push(Case { name, workload: workload.clone(), contents_pages: contents_mib << 8, link });
+            cases.push(Case { name, workload: workload.clone(), contents_pages: contents_mib << 8, link, copy });
         }
     };
     let guest = Guest {
@@ -60,18 +71,22 @@ pub fn all(seed: Option<u64>) -> Vec<Case> {
     };
     let uncapped = &[("", Link::Uncapped)];
     let capped = &[("-capped", Link::Capped)];
+    let slow = &[("-capped", Link::Capped), ("-shaped", Link::Shaped)];
     let every = &[("", Link::Uncapped), ("-capped", Link::Capped), ("-shaped", Link::Shaped)];
-    add("idle-1g", Guest { memory_mib: 1280, fill_mib: 1024, rate: Some(0), ..guest }, uncapped);
+    let pre = Copying::Pre;
+    add("idle-1g", Guest { memory_mib: 1280, fill_mib: 1024, rate: Some(0), ..guest }, pre, uncapped);
     add(
         "idle-sparse-4g",
         Guest { memory_mib: 4096, fill_mib: 64, working_set_mib: 16, rate: Some(0), ..guest },
+        pre,
         uncapped,
     );
-    add("30k", guest, every);
-    add("flat-out", Guest { rate: None, ..guest }, every);
-    add("compressible", Guest { fill_mib: 512, contents: "compressible", ..guest }, capped);
-    add("fresh-pages", Guest { fill_mib: 512, rate: Some(15_000), write: "page", ..guest }, capped);
-    add("random-4g", Guest { memory_mib: 4608, fill_mib: 4096, rate: Some(0), ..guest }, uncapped);
+    add("30k", guest, pre, every);
+    add("flat-out", Guest { rate: None, ..guest }, pre, every);
+    add("compressible", Guest { fill_mib: 512, contents: "compressible", ..guest }, pre, capped);
+    add("fresh-pages", Guest { fill_mib: 512, rate: Some(15_000), write: "page", ..guest }, pre, capped);
+    add("random-4g", Guest { memory_mib: 4608, fill_mib: 4096, rate: Some(0), ..guest }, pre, uncapped);
+    add("postcopy", Guest { rate: None, write: "page", ..guest }, Copying::Post, slow);
     cases
 }
 
@@ -136,7 +151,7 @@ mod tests {
         let mut names: Vec<_> = all(None).iter().map(|case| case.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 11);
+        assert_eq!(names.len(), 13);
         assert!(names.contains(&"flat-out-shaped") && names.contains(&"idle-sparse-4g"), "{names:?}");
     }
 

@@ -117,7 +117,7 @@ impl Compared {
     pub fn header(peer: &str) -> String {
         let (godwit, other) = ("godwit", &peer[..peer.len().min(7)]);
         format!(
-            "{:<18} {:>24} | {:>22} | {:>22} | {:>8}\n{:<18} {:>8} {:>8} {:>6} | {:>7} {:>7} {:>6} | {:>7} {:>7} {:>6} | {:>8}  {}",
+            "{:<18} {:>24} | {:>22} | {:>22} | {:>8}\n{:<18} {:>8} {:>8} {:>6} | {:>7} {:>7} {:>6} | {:>7} {:>7} {:>6} | {:>8}  {peer}'s settings",
             "",
             "total ms",
             "gap ms",
@@ -134,7 +134,6 @@ impl Compared {
             other,
             "ratio",
             "ms",
-            format!("{peer}'s settings")
         )
     }
 }

@@ -8,10 +8,11 @@ use anyhow::{Context, Result, ensure};
 use godwit_vmm::config::MemoryBacking;
 use godwit_vmm::guest_memory;
 use nix::unistd::Pid;
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::case::{Case, LINK_BYTES_PER_S, LINK_MEGABITS_PER_S, Link};
+use super::case::{Case, Copying, LINK_BYTES_PER_S, LINK_MEGABITS_PER_S, Link};
 use super::settings::{Mover, Settings};
 use super::watch::Watch;
 use crate::cloud_hypervisor::CloudHypervisor;
@@ -31,6 +32,12 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Where other programs listen at the destination.
 const PORT: u16 = 4444;
+
+/// By which both are told to go over to post-copy.
+const START_POSTCOPY: &str = "migrate-start-postcopy";
+
+/// Where post-copy is compared, neither is to find that it can do without.
+const POSTCOPY_DOWNTIME_LIMIT_MS: u64 = 5;
 
 /// A move, seen from outside.
 #[derive(Debug, Clone)]
@@ -57,14 +64,24 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     let destination = Node::receiver(&scene, "destination", Some(hosts.host(1)), &listen, &["--insecure"])?;
     let target = source.heartbeats(case.workload.vcpus)?;
     settle(case, target)?;
-    let limit = format!("{downtime_limit_ms}ms");
+    let limit = format!("{}ms", downtime_limit(case, downtime_limit_ms));
     let mut options = vec!["--downtime-limit", &limit];
+    if case.copy == Copying::Post {
+        options.extend(["--on-stall", "postcopy"]);
+    }
     if case.link == Link::Capped {
         options.extend(["--max-bandwidth", "1Gbit"]);
     }
     provide_memory(case)?;
     let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), destination.process.pid()])?;
-    let measured = measure(&source, &destination, target, None, &options, LIMIT, |_| ());
+    let mut switch = Switch::new(case);
+    let mut second = source.qmp()?;
+    let measured = measure(&source, &destination, target, None, &options, LIMIT, |progress| {
+        if switch.is_due(progress["round"].as_u64()) {
+            // It may have gone over by itself meanwhile.
+            let _ = second.execute(START_POSTCOPY, json!({}));
+        }
+    });
     let measured = measured.map(|measured| (measured.total_ms, measured.gap.gap_ms));
     let moved = Moved::new(measured, watch).with_context(|| scene.logs())?;
     if moved.cut.is_none() {
@@ -96,13 +113,21 @@ fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<M
     for end in [&source, &destination] {
         let mut qmp = end.qmp()?;
         qmp.execute("migrate-set-capabilities", settings.capabilities())?;
-        qmp.execute("migrate-set-parameters", settings.parameters(cap, downtime_limit_ms))?;
+        qmp.execute("migrate-set-parameters", settings.parameters(cap, downtime_limit(case, downtime_limit_ms)))?;
     }
     destination.listen(&uri)?;
     let pid = source.process.pid();
     let target = settled(case, pid)?;
     let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
-    let measured = measure_qemu(&source, &destination, target, &uri, LIMIT);
+    let mut switch = Switch::new(case);
+    let measured = measure_qemu(&source, &destination, target, &uri, LIMIT, |qmp, progress| {
+        // It counts the first pass as 1.
+        let round = progress["ram"]["dirty-sync-count"].as_u64().map(|passes| passes.saturating_sub(1));
+        if switch.is_due(round) {
+            qmp.execute(START_POSTCOPY, json!({}))?;
+        }
+        Ok(())
+    });
     let measured = measured.map(|measured| (measured.total_ms, measured.gap.gap_ms));
     Moved::new(measured, watch).with_context(|| scene.logs())
 }
@@ -131,6 +156,31 @@ fn settled(case: &Case, pid: Pid) -> Result<Target> {
     settle(case, target)?;
     provide_memory(case)?;
     Ok(target)
+}
+
+fn downtime_limit(case: &Case, downtime_limit_ms: u64) -> u64 {
+    match case.copy {
+        Copying::Pre => downtime_limit_ms,
+        Copying::Post => POSTCOPY_DOWNTIME_LIMIT_MS,
+    }
+}
+
+/// When to go over to post-copy: once, after the first pass.
+struct Switch {
+    waits: bool,
+}
+
+impl Switch {
+    fn new(case: &Case) -> Self {
+        Self { waits: case.copy == Copying::Post }
+    }
+
+    /// `round`: 0 is the first pass.
+    fn is_due(&mut self, round: Option<u64>) -> bool {
+        let due = self.waits && round.is_some_and(|round| round > 0);
+        self.waits &= !due;
+        due
+    }
 }
 
 impl Moved {

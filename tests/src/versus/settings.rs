@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::case::{Case, Link};
+use super::case::{Case, Copying, Link};
 
 /// A program that moves machines, with settings.
 #[derive(Debug, Clone)]
@@ -30,11 +30,11 @@ impl Mover {
         }
     }
 
-    /// Whether it can keep to what the case asks for. Cloud Hypervisor knows no cap.
+    /// Whether it can do what the case asks for. Cloud Hypervisor knows no cap, and no way from pre-copy to post-copy.
     pub fn can(&self, case: &Case) -> bool {
         match self {
-            Self::Qemu(_) => true,
-            Self::CloudHypervisor { .. } => case.link != Link::Capped,
+            Self::Qemu(settings) => settings.copy == case.copy,
+            Self::CloudHypervisor { .. } => case.link != Link::Capped && case.copy == Copying::Pre,
         }
     }
 }
@@ -50,6 +50,8 @@ const UNCAPPED_BYTES_PER_S: u64 = 1_000_000_000_000;
 pub struct Settings {
     /// For people and scripts.
     pub name: &'static str,
+    /// What it is for.
+    copy: Copying,
     /// Migration capabilities, at both ends.
     capabilities: &'static [&'static str],
     /// Migration parameters besides bandwidth and downtime, at both ends.
@@ -67,24 +69,34 @@ impl Settings {
     pub fn parameters(&self, cap_bytes_per_s: Option<u64>, downtime_limit_ms: u64) -> Value {
         let mut parameters = (self.parameters)();
         parameters["max-bandwidth"] = json!(cap_bytes_per_s.unwrap_or(UNCAPPED_BYTES_PER_S));
+        // 0: none.
+        parameters["max-postcopy-bandwidth"] = json!(cap_bytes_per_s.unwrap_or(0));
         parameters["downtime-limit"] = json!(downtime_limit_ms);
         parameters
     }
 }
 
-/// All that are tried. Pre-copy only.
-pub const ALL: [Settings; 5] = [
-    Settings { name: "plain", capabilities: &[], parameters: || json!({}) },
-    Settings { name: "multifd-2", capabilities: &["multifd"], parameters: || json!({ "multifd-channels": 2 }) },
+/// All that are tried.
+pub const ALL: [Settings; 6] = [
+    Settings { name: "plain", copy: Copying::Pre, capabilities: &[], parameters: || json!({}) },
+    Settings {
+        name: "multifd-2",
+        copy: Copying::Pre,
+        capabilities: &["multifd"],
+        parameters: || json!({ "multifd-channels": 2 }),
+    },
     Settings {
         name: "multifd-2-zstd",
+        copy: Copying::Pre,
         capabilities: &["multifd"],
         parameters: || json!({ "multifd-channels": 2, "multifd-compression": "zstd" }),
     },
     Settings {
         name: "xbzrle-512m",
+        copy: Copying::Pre,
         capabilities: &["xbzrle"],
         parameters: || json!({ "xbzrle-cache-size": XBZRLE_CACHE_BYTES }),
     },
-    Settings { name: "auto-converge", capabilities: &["auto-converge"], parameters: || json!({}) },
+    Settings { name: "auto-converge", copy: Copying::Pre, capabilities: &["auto-converge"], parameters: || json!({}) },
+    Settings { name: "postcopy", copy: Copying::Post, capabilities: &["postcopy-ram"], parameters: || json!({}) },
 ];
