@@ -26,9 +26,9 @@ struct Arguments {
     /// Pairs of moves in each case
     #[arg(long, default_value_t = 5)]
     pairs: u32,
-    /// Only cases whose names contain this
-    #[arg(long)]
-    case: Option<String>,
+    /// Only these cases: by name, or by a part of the name that is no case's whole name
+    #[arg(long, value_delimiter = ',')]
+    case: Vec<String>,
     /// Settings of the other program to try, by name, instead of all
     #[arg(long, value_delimiter = ',')]
     settings: Vec<String>,
@@ -65,8 +65,13 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let mut cases = case::all(arguments.seed);
-    cases.retain(|case| arguments.case.as_ref().is_none_or(|part| case.name.contains(part.as_str())));
-    let Some(first) = cases.first() else { bail!("no case has a name like that") };
+    let names: Vec<&str> = cases.iter().map(|case| case.name).collect();
+    let is_wanted = |name: &str, wanted: &String| match names.contains(&wanted.as_str()) {
+        true => name == wanted,
+        false => name.contains(wanted.as_str()),
+    };
+    cases.retain(|case| arguments.case.is_empty() || arguments.case.iter().any(|wanted| is_wanted(case.name, wanted)));
+    let Some(first) = cases.first() else { bail!("no case has a name like that; there are {}", names.join(", ")) };
     let all = movers(arguments)?;
     let names: Vec<String> = all.iter().map(Mover::settings).collect();
     if let Some(name) = arguments.settings.iter().find(|name| !names.contains(name)) {
