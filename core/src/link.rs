@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::channel::{Channel, ChannelReader, ChannelWriter, HangUp};
 use crate::memory_files::MAX_FILES;
 use crate::message::{Message, MessageError};
+use crate::priority::run_promptly;
 use crate::sync::lock;
 
 /// How often an end says that it is still here.
@@ -62,6 +63,7 @@ impl ControlLink {
         });
         let listening = Arc::clone(&shared);
         thread::Builder::new().name("control-read".into()).spawn(move || {
+            let _prompt = run_promptly();
             let mut reader = Listening { reader, shared: listening };
             loop {
                 let read = Message::read(&mut reader);

@@ -26,6 +26,7 @@ use crate::message::{self, Message, PrepareRequest, TimedStep};
 use crate::ownership::{CALL_LIMIT, Claim, Nonce, RETRY_GAP, RightToRun};
 use crate::phase::Phase;
 use crate::postcopy::Wanted;
+use crate::priority::run_promptly;
 use crate::progress::{Event, Observer, Report, Step};
 use crate::random;
 use crate::table::{PageHasher, PageTable};
@@ -138,6 +139,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
 
     /// Runs the attempt to its end.
     pub fn run(mut self) -> DestinationOutcome<H::Machine> {
+        let _prompt = run_promptly();
         loop {
             while let Some(action) = self.control.poll_action() {
                 match action {

@@ -30,6 +30,7 @@ use crate::channel::Dial;
 use crate::machine::{Refusal, SourceMachine};
 use crate::ownership::Holding;
 use crate::phase::Phase;
+use crate::priority::run_promptly;
 use crate::progress::{Observer, Progress, Report};
 use crate::random;
 
@@ -221,6 +222,7 @@ impl SourceMigration {
         };
         let handle = Arc::clone(&shared);
         let spawned = thread::Builder::new().name("migration".into()).spawn(move || {
+            let _prompt = run_promptly();
             Driver::new(machine, dial, observer, handle, beginning, (sender, events)).run();
         });
         if let Err(error) = spawned {

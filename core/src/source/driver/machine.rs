@@ -13,6 +13,7 @@ use crate::link::ControlLink;
 use crate::machine::{Inquiry, MachineError, SourceMachine};
 use crate::memory_files::{self, MemoryOffer};
 use crate::message::Message;
+use crate::priority::run_promptly;
 use crate::sync::lock;
 
 /// What was asked of the destination, between its question and the judgement of the answer. Only the machine's thread touches it.
@@ -31,8 +32,10 @@ impl Jobs {
     /// Starts the thread. Without it, jobs fail to be queued and the move ends with that error.
     pub(super) fn start(machine: Arc<dyn SourceMachine>, events: Sender<Event>) -> Self {
         let (queue, jobs) = mpsc::channel::<Job>();
-        let _ =
-            thread::Builder::new().name("machine-jobs".into()).spawn(move || jobs.into_iter().for_each(|job| job()));
+        let _ = thread::Builder::new().name("machine-jobs".into()).spawn(move || {
+            let _prompt = run_promptly();
+            jobs.into_iter().for_each(|job| job());
+        });
         Self { machine, events, queue }
     }
 
