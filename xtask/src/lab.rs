@@ -1,12 +1,17 @@
 //! `cargo xtask lab`: builds what the lab needs, and runs its program (tests/src/bin/lab.rs).
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::{Command as Process, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use serde_json::Value;
 
 use crate::{deps, shell};
+
+/// The unit tests of godwit-vmm with those that need VLANs of the kernel's own, as tests/src/lab/programs.rs calls them.
+const VLAN_TESTS: &str = "vlan-tests";
 
 const TOOLS: [&str; 6] = ["qemu-system-x86_64", "mmdebstrap", "ip", "mke2fs", "unshare", "strip"];
 
@@ -95,7 +100,7 @@ fn prepare() -> Result<()> {
 
 /// Work with a lab that is up waits for no build.
 fn start(words: Vec<String>) -> Result<ExitCode> {
-    let program = program()?;
+    let program = program("lab")?;
     if !program.is_file() {
         build()?;
     }
@@ -103,11 +108,18 @@ fn start(words: Vec<String>) -> Result<ExitCode> {
 }
 
 fn build() -> Result<()> {
-    shell::check(shell::cargo().args(["build", "--quiet", "--workspace", "--bins"]))
+    shell::check(shell::cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
+    let tests = ["test", "--quiet", "--package", "godwit-vmm", "--lib", "--features", "vlan-tests", "--no-run"];
+    let told = shell::output(shell::cargo().args(tests).args(["--message-format", "json-render-diagnostics"]))?;
+    let built = told.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let built = built.filter_map(|artifact| artifact["executable"].as_str().map(PathBuf::from)).next_back();
+    let built = built.context("cargo does not say where it has put the tests of godwit-vmm")?;
+    fs::copy(&built, program(VLAN_TESTS)?).with_context(|| format!("cannot copy {}", built.display()))?;
+    Ok(())
 }
 
-/// The lab's program, which cargo puts where it has put this one.
-fn program() -> Result<PathBuf> {
+/// A program of the lab's, which lies where cargo has put this one.
+fn program(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("cannot tell where this program lies")?;
-    Ok(own.with_file_name("lab"))
+    Ok(own.with_file_name(name))
 }

@@ -10,7 +10,10 @@ use anyhow::{Context, Result, bail};
 /// The program that works in the guest. On the hosts it tells the time.
 pub const GUEST_PROGRAM: &str = "lab-guest";
 
-const PROGRAMS: [&str; 3] = ["godwit-sender", "godwit-receiver", GUEST_PROGRAM];
+/// The unit tests of godwit-vmm, with those that need VLANs of the kernel's own.
+pub const VLAN_TESTS: &str = "vlan-tests";
+
+const PROGRAMS: [&str; 4] = ["godwit-sender", "godwit-receiver", GUEST_PROGRAM, VLAN_TESTS];
 
 /// Copies the programs from the directory `from` to the directory `to`.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {

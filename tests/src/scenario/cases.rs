@@ -10,6 +10,7 @@ use crate::clock::{monotonic_ns, ms};
 use crate::godwit::Ended;
 use crate::lab::Lab;
 use crate::lab::layout::{GUEST, Network};
+use crate::lab::programs::VLAN_TESTS;
 use crate::lab::remote::Host;
 use crate::scenario::gap::Window;
 use crate::scenario::ping::Pinger;
@@ -23,6 +24,9 @@ const SILENCE: Duration = Duration::from_secs(8);
 
 /// How long replies may take to come back.
 const REPLY_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the tests in VLANs may take on an emulated processor.
+const VLAN_TESTS_LIMIT: Duration = Duration::from_secs(120);
 
 /// A destination at which something is missing.
 struct Refusal {
@@ -89,6 +93,8 @@ pub(crate) fn before_moves(lab: &Lab, keeper: &mut Keeper) -> Result<()> {
     }
     step("refused: a disk through the page cache on one side only");
     unsafe_cache(lab.host("kvm1")?, destination).context("case `unsafe cache`")?;
+    step("announced in VLANs: tests that need a stock kernel");
+    vlan_tests(destination).context("case `announced in VLANs`")?;
     step("failed: the destination dies in the middle");
     destination_dies(keeper, destination).context("case `the destination dies`")?;
     untouched(lab, keeper, &boot_id).context("after the case `the destination dies`")
@@ -148,6 +154,14 @@ fn unsafe_cache(source: &Host, destination: &Host) -> Result<()> {
     dry_run("--unsafe-cache")?.ensure_code(0)?.ensure_says(&["disks go through the page cache"])?;
     machine.signal("KILL")?;
     source.check(&format!("rm -rf {control} {disk} {disk}.godwit")).map(drop)
+}
+
+/// In network namespaces of their own, so they disturb nothing.
+fn vlan_tests(host: &Host) -> Result<()> {
+    let line = format!("/opt/godwit/bin/{VLAN_TESTS} kernel_vlans --test-threads 1");
+    let output = host.run_within(&line, VLAN_TESTS_LIMIT)?;
+    ensure!(output.stdout.contains("test result: ok. 2 passed"), "{}{}", output.stdout, output.stderr);
+    Ok(())
 }
 
 fn destination_dies(keeper: &Keeper, destination: &Host) -> Result<()> {

@@ -4,7 +4,7 @@ use etherparse::icmpv6::NeighborAdvertisementHeader;
 use etherparse::{Icmpv6Type, PacketBuilder};
 
 use super::driver::{MAC, Rig};
-use super::network::{self, bridge, bridge_called, enter, ip, kernel_can, open_soon, wait_until_connected};
+use super::network::{self, bridge, bridge_called, enter, ip, open_soon, wait_until_connected};
 use super::*;
 use crate::devices::virtio::net::vlan::Vlan;
 
@@ -166,36 +166,6 @@ fn a_bridge_learns_where_the_guest_is_now() {
     assert_eq!(port_of_guest("br0", None).as_deref(), Some("tap1"));
 }
 
-#[test]
-fn a_bridge_that_filters_vlans_learns_it_in_each_of_them() {
-    if !enter() {
-        return;
-    }
-    let outside = bridge(&["tap0", "tap1"]);
-    if !kernel_can("link set br0 type bridge vlan_filtering 1 vlan_default_pvid 1") {
-        return;
-    }
-    for port in ["tap0", "tap1", network::OUTSIDE] {
-        network::run("bridge", &format!("vlan add dev {port} vid 5"));
-    }
-    // The guest also uses a VLAN that its port is not in.
-    let source = Rig::new("tap0");
-    let said = [asks(V4), tagged(5, asks(V4)), tagged(5, advertises(LINK_LOCAL, false)), tagged(6, asks(V4))];
-    said.iter().for_each(|frame| source.send(frame));
-    assert_eq!(seen(&outside), said[..3]);
-    let ports = || [Some(1), Some(5), Some(6)].map(|vlan| port_of_guest("br0", vlan));
-    assert_eq!(ports(), [Some("tap0".into()), Some("tap0".into()), None]);
-
-    source.net.pause(soon()).unwrap();
-    let moved = source.moved("tap1");
-    moved.net.resume();
-    let round = [expected::round(&[V4], &[], false), expected::round_in(5, &[V4], &[LINK_LOCAL], false)].concat();
-    let filtered = expected::round_in(6, &[V4], &[], false);
-    assert_eq!(moved.net.announce().unwrap(), round.len() + filtered.len());
-    assert_eq!(seen(&outside), round);
-    assert_eq!(ports(), [Some("tap1".into()), Some("tap1".into()), None]);
-}
-
 /// A neighbour on the bridge, which takes the guest to be somebody else.
 struct Neighbour {
     interface: &'static str,
@@ -265,27 +235,6 @@ fn neighbours_correct_what_they_know() {
 }
 
 #[test]
-fn neighbours_correct_what_they_know_in_that_vlan_only() {
-    if !enter() {
-        return;
-    }
-    let _outside = bridge(&["tap0"]);
-    add_peer();
-    if !kernel_can("link add link peer name peer.5 type vlan id 5") {
-        return;
-    }
-    ip("link add link peer name peer.6 type vlan id 6");
-    let [untagged, inside, elsewhere] = [("peer", "192.0.2.9"), ("peer.5", "198.51.100.9"), ("peer.6", "203.0.113.9")]
-        .map(|(interface, address)| Neighbour::new(interface, address));
-    let rig = quiet_guest(|frame| tagged(5, frame));
-    rig.net.announce().unwrap();
-    inside.wait_until_it_knows(&MAC.to_string());
-    for neighbour in [untagged, elsewhere] {
-        assert_eq!(neighbour.knows(), [Neighbour::WRONG; 2], "{}", neighbour.interface);
-    }
-}
-
-#[test]
 fn each_interface_announces_itself_on_its_own_tap() {
     if !enter() {
         return;
@@ -339,4 +288,54 @@ fn the_guest_is_asked_until_it_has_heard() {
     let rig = Rig::with("tap0", |features| features & !(1 << VIRTIO_NET_F_GUEST_ANNOUNCE), true);
     rig.net.ask_guest_to_announce();
     assert_eq!(rig.status(), 1);
+}
+
+/// With VLANs of the kernel's own. Not every kernel has them: these are built only with the feature `vlan-tests`, and played in the lab.
+#[cfg(feature = "vlan-tests")]
+mod kernel_vlans {
+    use super::*;
+
+    #[test]
+    fn a_bridge_that_filters_vlans_learns_it_in_each_of_them() {
+        assert!(enter());
+        let outside = bridge(&["tap0", "tap1"]);
+        ip("link set br0 type bridge vlan_filtering 1 vlan_default_pvid 1");
+        for port in ["tap0", "tap1", network::OUTSIDE] {
+            network::run("bridge", &format!("vlan add dev {port} vid 5"));
+        }
+        // The guest also uses a VLAN that its port is not in.
+        let source = Rig::new("tap0");
+        let said = [asks(V4), tagged(5, asks(V4)), tagged(5, advertises(LINK_LOCAL, false)), tagged(6, asks(V4))];
+        said.iter().for_each(|frame| source.send(frame));
+        assert_eq!(seen(&outside), said[..3]);
+        let ports = || [Some(1), Some(5), Some(6)].map(|vlan| port_of_guest("br0", vlan));
+        assert_eq!(ports(), [Some("tap0".into()), Some("tap0".into()), None]);
+
+        source.net.pause(soon()).unwrap();
+        let moved = source.moved("tap1");
+        moved.net.resume();
+        let round = [expected::round(&[V4], &[], false), expected::round_in(5, &[V4], &[LINK_LOCAL], false)].concat();
+        let filtered = expected::round_in(6, &[V4], &[], false);
+        assert_eq!(moved.net.announce().unwrap(), round.len() + filtered.len());
+        assert_eq!(seen(&outside), round);
+        assert_eq!(ports(), [Some("tap1".into()), Some("tap1".into()), None]);
+    }
+
+    #[test]
+    fn neighbours_correct_what_they_know_in_that_vlan_only() {
+        assert!(enter());
+        let _outside = bridge(&["tap0"]);
+        add_peer();
+        ip("link add link peer name peer.5 type vlan id 5");
+        ip("link add link peer name peer.6 type vlan id 6");
+        let [untagged, inside, elsewhere] =
+            [("peer", "192.0.2.9"), ("peer.5", "198.51.100.9"), ("peer.6", "203.0.113.9")]
+                .map(|(interface, address)| Neighbour::new(interface, address));
+        let rig = quiet_guest(|frame| tagged(5, frame));
+        rig.net.announce().unwrap();
+        inside.wait_until_it_knows(&MAC.to_string());
+        for neighbour in [untagged, elsewhere] {
+            assert_eq!(neighbour.knows(), [Neighbour::WRONG; 2], "{}", neighbour.interface);
+        }
+    }
 }

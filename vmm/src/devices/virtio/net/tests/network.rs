@@ -53,25 +53,9 @@ pub(crate) fn ip(arguments: &str) -> String {
 
 /// Runs a program of iproute2 in this thread's namespace.
 pub(crate) fn run(program: &str, arguments: &str) -> String {
-    try_run(program, arguments).unwrap_or_else(|error| panic!("{error}"))
-}
-
-/// The same for what not every kernel can. If this one cannot, the test cannot be run.
-#[must_use]
-pub(crate) fn kernel_can(arguments: &str) -> bool {
-    let result = try_run("ip", arguments);
-    if let Err(error) = &result {
-        eprintln!("SKIPPED: {error}");
-    }
-    result.is_ok()
-}
-
-fn try_run(program: &str, arguments: &str) -> Result<String, String> {
     let output = Command::new(program).args(arguments.split_whitespace()).output().unwrap();
-    if !output.status.success() {
-        return Err(format!("{program} {arguments}: {}", String::from_utf8_lossy(&output.stderr)));
-    }
-    Ok(String::from_utf8(output.stdout).unwrap())
+    assert!(output.status.success(), "{program} {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A bridge with taps in it, and the one that stands for the rest of the network.
