@@ -146,7 +146,7 @@ impl SourceControl {
     /// A round has ended, and the guest cannot stop yet: on to the next one, if that leads anywhere.
     pub(super) fn go_on(&mut self, end: &RoundEnd, limits: &Limits) {
         let Some(outlook) = self.outlook(end, limits) else { return self.next_round() };
-        self.course.then = outlook.converges.then(|| outlook.after_next_round);
+        self.course.then = outlook.converges.then_some(outlook.after_next_round);
         let throttles = self.options.on_stall == OnStall::Throttle;
         if throttles && (!outlook.converges || self.course.share < 1.0) {
             let why = outlook.why.clone().unwrap_or_default();
