@@ -134,13 +134,18 @@ fn dirty_bits_survive_every_retry(scene: &Scene) -> Result<()> {
     let workload = Workload { vcpus: 2, rate: "max", ..Workload::default() };
     let source = Node::sender(scene, "source", None, &workload, &[])?;
     let first = Node::receiver(scene, "first", None, TCP, &[])?;
+    // The receiver hears of the end a moment later than the sender.
+    let listens_again =
+        |before: usize| wait::until_true("the receiver listens again", LIMIT, || Ok(first.times_listening() > before));
     let cancelled_in = |phase: &str, options: &[&str]| -> Result<()> {
+        let listening = first.times_listening();
         let before = source.migration()?["move"].as_u64();
         let mut command = source.start_move(&first.uri()?, &[&CHANNELS, options].concat())?;
         wait::until_true("the next try begins", LIMIT, || Ok(source.migration()?["move"].as_u64() > before))?;
         source.wait_for_phase(phase, LIMIT)?;
         source.command(&["cancel"], &[], LIMIT)?.ensure_code(0)?;
         Ended::wait(&mut command, LIMIT)?.ensure_code(5)?;
+        listens_again(listening)?;
         source.ensure_guest_runs(workload.vcpus)
     };
     cancelled_in("first-pass", &SLOW)?;
@@ -148,7 +153,9 @@ fn dirty_bits_survive_every_retry(scene: &Scene) -> Result<()> {
     cancelled_in("rounds", &["--max-bandwidth", "500Mbit", "--downtime-limit", "20ms", "--delta-cache", "0"])?;
     // It stalls.
     let stalls = [&CHANNELS[..], &SLOW, &["--max-rounds", "1"]].concat();
+    let listening = first.times_listening();
     source.move_to(&first.uri()?, &stalls, LIMIT)?.ensure_code(4)?;
+    listens_again(listening)?;
     // The last bits have been taken, and only some of their pages sent.
     for phase in ["final-pages", "state"] {
         cancelled_in(phase, &["--on-stall", "force", "--max-rounds", "1", "--test-hold-at", phase])?;
