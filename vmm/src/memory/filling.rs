@@ -1,7 +1,8 @@
 //! Guest memory that is filled while its guest runs in it.
 //!
-//! What is missing is discarded first; then the kernel provides no page by itself any more, but says who needs one. Pages that
-//! nothing was ever written to are not there either, and are asked for like those that are missing.
+//! First the kernel is told to provide no page by itself any more, but to say who needs one; then what is missing is discarded. In the other order
+//! a page of zeros could take the place of a missing one in between: whoever reads it (also another process) gets one, and so does
+//! khugepaged when it makes a huge page. Pages that nothing was ever written to are not there either, and are asked for like those that are missing.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -40,6 +41,10 @@ impl Filling {
     pub(super) fn begin(memory: &GuestMemory, missing: &mut dyn Iterator<Item = PageRun>) -> Result<Self, VmmError> {
         let faults = Userfault::open().map_err(VmmError::os("cannot open a userfaultfd"))?;
         let filling = Self { faults, memory: memory.clone(), over: AtomicBool::new(false) };
+        for region in filling.memory.iter() {
+            let registered = filling.faults.register(region.as_ptr(), region.len() as usize);
+            registered.map_err(VmmError::os("cannot hear of faults in guest memory"))?;
+        }
         for PageRun { region, pages } in missing {
             let bytes = pages.start.checked_mul(PAGE_SIZE as u64).zip(pages.end.checked_mul(PAGE_SIZE as u64));
             let region = filling.memory.iter().nth(region);
@@ -49,10 +54,6 @@ impl Filling {
                 return Err(VmmError::Status(format!("pages {pages:?} are not guest memory")));
             };
             mapping::discard(region, start as usize, (end - start) as usize)?;
-        }
-        for region in filling.memory.iter() {
-            let registered = filling.faults.register(region.as_ptr(), region.len() as usize);
-            registered.map_err(VmmError::os("cannot hear of faults in guest memory"))?;
         }
         Ok(filling)
     }
@@ -121,6 +122,29 @@ mod tests {
     #[test]
     fn reserved_huge_pages_cannot_be_filled_by_the_page() {
         assert!(objection(true).is_some_and(|why| why.contains("--huge-pages")));
+    }
+
+    #[test]
+    fn nothing_takes_the_place_of_a_missing_page_while_pages_are_discarded() {
+        if let Some(why) = objection(false) {
+            return eprintln!("not tested: {why}");
+        }
+        for backing in [MemoryBacking::Private, MemoryBacking::Memfd] {
+            for _ in 0..10 {
+                let ram = Ram::new(4 << 20, backing, false).unwrap();
+                ram.guest().write_slice(&[7; 4 << 20], GuestAddress(0)).unwrap();
+                // Somebody reads the first page all the time, until it changes.
+                let reader = thread::spawn({
+                    let ram = ram.clone();
+                    move || (0..).map(|_| ram.read(0, 1).unwrap()[0]).find(|byte| *byte != 7)
+                });
+                let mut apart = (0..512).map(|index| PageRun { region: 0, pages: 2 * index..2 * index + 1 });
+                let filling = ram.fill_later(&mut apart).unwrap();
+                let placed = filling.place(PageIndex { region: 0, page: 0 }, Some(&[9; PAGE_SIZE])).unwrap();
+                assert_eq!((placed, reader.join().unwrap()), (Placed::Now, Some(9)), "{backing:?}");
+                filling.complete().unwrap();
+            }
+        }
     }
 
     #[test]
