@@ -87,6 +87,8 @@ pub mod field {
     pub const WRITE: u64 = 0x064;
     /// u32, setting: one of [`super::contents`].
     pub const CONTENTS: u64 = 0x068;
+    /// u32, setting: vCPUs that write, the first so many; 0 for all.
+    pub const WRITERS: u64 = 0x06c;
 
     /// u32: vCPUs at work.
     pub const VCPUS: u64 = 0x080;

@@ -21,7 +21,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use clock::{BATCH, Budget, Clock, MAX_PACED_RATE};
 use header::{Counter, u32_at, u64_at};
 use layout::{RATE_MAX, field, status, write};
-use rules::{Sequence, WordRule, page_key, share};
+use rules::{Sequence, WordRule, page_key, share, writers};
 
 core::arch::global_asm!(
     include_str!("entry.s"),
@@ -85,7 +85,8 @@ fn work(
 ) -> ! {
     let seed = u64_at(field::SEED).load(Relaxed);
     let vcpus = u64::from(u32_at(field::VCPUS).load(Relaxed));
-    let (first, pages) = share(u64_at(field::WORKING_SET_PAGES).load(Relaxed), vcpu, vcpus);
+    let writers = writers(u32_at(field::WRITERS).load(Relaxed), vcpus);
+    let (first, pages) = share(u64_at(field::WORKING_SET_PAGES).load(Relaxed), vcpu, writers);
     let Some(sequence) = Sequence::new(u32_at(field::ORDER).load(Relaxed), seed, vcpu, pages) else {
         stop(status::BAD_SETTING)
     };
@@ -99,7 +100,7 @@ fn work(
                 budget.clear();
                 BATCH
             }
-            rate => budget.take(elapsed_ns, share(rate.min(MAX_PACED_RATE), vcpu, vcpus).1),
+            rate => budget.take(elapsed_ns, share(rate.min(MAX_PACED_RATE), vcpu, writers).1),
         };
         for _ in 0..due {
             let frame = first + sequence.page(writes.value());

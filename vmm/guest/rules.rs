@@ -145,11 +145,20 @@ impl Jump {
     }
 }
 
-/// The part of the working set that one of `vcpus` vCPUs writes: its first page and how many.
+/// How many of `vcpus` vCPUs write, for a value of the writers setting.
 #[inline(always)]
-pub(crate) const fn share(total: u64, vcpu: u64, vcpus: u64) -> (u64, u64) {
-    let first = total * vcpu / vcpus;
-    (first, total * (vcpu + 1) / vcpus - first)
+pub(crate) const fn writers(setting: u32, vcpus: u64) -> u64 {
+    if setting == 0 || setting as u64 > vcpus { vcpus } else { setting as u64 }
+}
+
+/// The part of the working set that a vCPU writes, where the first `writers` do: its first page and how many.
+#[inline(always)]
+pub(crate) const fn share(total: u64, vcpu: u64, writers: u64) -> (u64, u64) {
+    if vcpu >= writers {
+        return (total, 0);
+    }
+    let first = total * vcpu / writers;
+    (first, total * (vcpu + 1) / writers - first)
 }
 
 /// The order in which a vCPU visits the `pages` pages of its part.

@@ -19,6 +19,7 @@ use rustix::fs::fstatfs;
 use crate::config::{MachineConfig, MemoryBacking, SerialTarget};
 use crate::description::Described;
 use crate::disks::{self, DiskVerdict};
+use crate::kvm::ReadyVm;
 use crate::machine::{Arriving, BootFiles, Machine};
 use crate::memory::filling_objection;
 use crate::preflight;
@@ -61,12 +62,19 @@ pub struct KvmHost {
     disks: DiskVerdict,
     /// Its memory, if that is handed over.
     memory: Option<Vec<MemoryFile>>,
+    /// What it will be built in.
+    vm: Option<ReadyVm>,
 }
 
 impl KvmHost {
     /// This host, with these options.
     pub fn new(options: HostOptions) -> Self {
         Self { options, ..Self::default() }
+    }
+
+    /// The same with a VM that has been made already.
+    pub fn with_vm(options: HostOptions, vm: Option<ReadyVm>) -> Self {
+        Self { options, vm, ..Self::default() }
     }
 }
 
@@ -100,7 +108,7 @@ impl DestinationHost for KvmHost {
                 refusals.extend(taps::check(&machine, &self.options));
                 let memory = self.memory.as_deref();
                 refusals.extend(memory.and_then(|files| memory_objection(&machine.config, files)));
-                match facts::gather(&machine, &self.options) {
+                match facts::gather(&machine, &self.options, &mut self.vm) {
                     Err(mut lacking) => refusals.append(&mut lacking),
                     Ok(host) => refusals.extend(preflight::refusals(&machine, &host, memory.is_some())),
                 }
@@ -130,8 +138,8 @@ impl DestinationHost for KvmHost {
             MachineError::new(reasons.join("; "))
         })?;
         let boot_files = BootFiles::Under(self.options.boot_file_dirs.clone());
-        let memory = self.memory.take();
-        let machine = Machine::build(&config, Some(Arriving { identity, accepted_features, memory }), boot_files)?;
+        let (memory, vm) = (self.memory.take(), self.vm.take());
+        let machine = Machine::build(&config, Some(Arriving { identity, accepted_features, memory, vm }), boot_files)?;
         if !self.options.no_announce {
             machine.announce_at_first_resume();
         }

@@ -32,5 +32,6 @@ pub mod workload;
 pub use config::{ConfigError, MachineConfig};
 pub use error::VmmError;
 pub use incoming::{HostOptions, IncomingMachine, KvmHost};
+pub use kvm::ReadyVm;
 pub use machine::{Announced, BootOptions, CpuInfo, Machine, MachineEvent, MachineStatus};
 pub use memory::{RamRegion, guest_memory};

@@ -10,15 +10,17 @@
 //! An idle thread waits for commands and lends its vCPU to closures: whatever is done to a vCPU is done on its own thread.
 
 pub(crate) mod msr;
+mod pace;
 pub(crate) mod state;
 
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use self::pace::Pace;
 use crate::devices::{Devices, Effect};
 use crate::error::VmmError;
 use crate::kvm::{FaultCounter, internal_error_text, kick, receive_kicks};
@@ -27,18 +29,12 @@ use crate::sync::lock;
 /// How often a pending access is completed before the vCPU counts as stuck: a string access may take several exits.
 const MAX_COMPLETIONS: u32 = 4096;
 
-/// However long a vCPU has run, it rests no longer than this at a time.
-const LONGEST_REST: Duration = Duration::from_millis(100);
-
-/// A vCPU that has not rested for so long has not been throttled.
-const UNTHROTTLED: Duration = Duration::from_millis(500);
-
 /// What a vCPU's thread is told.
 enum Command {
     Run,
     Pause(Sender<()>),
-    /// Rest for as long as this share of its time asks for, then go on: how a throttled vCPU loses time.
-    Rest(f64),
+    /// From now on run for this share of the time only.
+    Throttle(f64),
     With(Box<dyn FnOnce(&VcpuFd) + Send>),
     Exit,
 }
@@ -81,17 +77,7 @@ impl Vcpu {
                 let _ = started.send(thread_id);
                 let mut fd = fd;
                 receive_kicks(&mut fd, |fd| {
-                    Runner {
-                        id,
-                        fd,
-                        commands: receiver,
-                        devices,
-                        notify,
-                        running: false,
-                        rested: Instant::now(),
-                        owed: Duration::ZERO,
-                    }
-                    .serve()
+                    Runner { id, fd, commands: receiver, devices, notify, running: false, pace: None }.serve()
                 });
             })
             .map_err(VmmError::os(format!("cannot start the thread of vCPU {id}")))?;
@@ -125,9 +111,9 @@ impl Vcpu {
         self.kick();
     }
 
-    /// Leaves it this share of the time since its last rest.
-    pub(crate) fn rest(&self, share: f64) {
-        self.send(Command::Rest(share));
+    /// Leaves it this share of its time from now on; all of it from 1 on.
+    pub(crate) fn throttle(&self, share: f64) {
+        self.send(Command::Throttle(share));
         self.kick();
     }
 
@@ -187,20 +173,27 @@ struct Runner<'a> {
     devices: Arc<Devices>,
     notify: Notify,
     running: bool,
-    /// When its last rest ended,
-    rested: Instant,
-    /// and what it did not rest then.
-    owed: Duration,
+    /// While it is throttled.
+    pace: Option<Pace>,
 }
 
 impl Runner<'_> {
     fn serve(mut self) {
+        self.rehearse();
         loop {
             let next = if self.running { self.run_once() } else { self.wait() };
             if let Next::Exit = next {
                 return;
             }
         }
+    }
+
+    /// Enters KVM_RUN and leaves it before the guest runs. The first time, KVM starts a thread for the VM and notes whose vCPU this is,
+    /// which takes up to a millisecond: not in the pause of a guest that arrives.
+    fn rehearse(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
     }
 
     fn wait(&mut self) -> Next {
@@ -255,7 +248,7 @@ impl Runner<'_> {
                         return Next::Exit;
                     }
                 }
-                Err(TryRecvError::Empty) => return Next::Continue,
+                Err(TryRecvError::Empty) => return self.rest(),
                 Err(TryRecvError::Disconnected) => return Next::Exit,
             }
         }
@@ -263,29 +256,43 @@ impl Runner<'_> {
 
     fn obey(&mut self, command: Command) -> Next {
         match command {
-            Command::Run => self.running = true,
+            Command::Run => {
+                self.running = true;
+                if let Some(pace) = &mut self.pace {
+                    pace.goes_on();
+                }
+            }
             Command::Pause(done) => {
                 self.running = false;
                 // The one who asked may have given up.
                 let _ = done.send(());
             }
-            Command::Rest(share) => return self.rest(share),
+            Command::Throttle(share) => self.throttle(share),
             Command::With(body) => body(self.fd),
             Command::Exit => return Next::Exit,
         }
         Next::Continue
     }
 
-    /// Sleeps for so long that this share of its time is left to it, but obeys at once what else is asked for. What counts is how long it
-    /// has really run: on a busy host whoever asks is late, and it has run for longer.
-    fn rest(&mut self, share: f64) -> Next {
-        let began = Instant::now();
-        self.owed = (self.owed + owed(began - self.rested, share)).min(LONGEST_REST);
-        let until = began + self.owed;
-        while self.running {
+    fn throttle(&mut self, share: f64) {
+        match &mut self.pace {
+            _ if share >= 1.0 => self.pace = None,
+            Some(pace) => pace.set(share),
+            None => match Pace::new(share) {
+                Ok(pace) => self.pace = Some(pace),
+                Err(error) => tracing::warn!("cannot throttle vCPU {}: {error}", self.id),
+            },
+        }
+    }
+
+    /// Rests if it is time to, but obeys at once what is asked for meanwhile.
+    fn rest(&mut self) -> Next {
+        if !self.running {
+            return Next::Continue;
+        }
+        let Some(until) = self.pace.as_mut().and_then(Pace::rest) else { return Next::Continue };
+        while self.running && self.pace.is_some() {
             match self.commands.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                // It is at it.
-                Ok(Command::Rest(_)) => {}
                 Ok(command) => {
                     if let Next::Exit = self.obey(command) {
                         return Next::Exit;
@@ -294,8 +301,9 @@ impl Runner<'_> {
                 Err(_) => break,
             }
         }
-        self.rested = Instant::now();
-        self.owed = self.owed.saturating_sub(self.rested - began);
+        if let Some(pace) = &mut self.pace {
+            pace.goes_on();
+        }
         Next::Continue
     }
 
@@ -340,14 +348,6 @@ impl Runner<'_> {
             sregs.cr4,
             sregs.efer,
         )
-    }
-}
-
-/// How long to rest after having run for so long, to be left this share of the time.
-fn owed(ran: Duration, share: f64) -> Duration {
-    match ran > UNTHROTTLED {
-        true => Duration::ZERO,
-        false => ran.mul_f64(1.0 / share.clamp(0.001, 1.0) - 1.0),
     }
 }
 
@@ -396,19 +396,4 @@ fn handle(exit: VcpuExit<'_>, devices: &Devices) -> Option<Stop> {
         other => return Some(Stop::Fault(format!("an exit that this version does not handle: {other:?}"))),
     }
     None
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_rest_is_what_the_share_leaves_of_what_was_run() {
-        let ms = Duration::from_millis;
-        assert_eq!(owed(ms(2), 0.5), ms(2));
-        assert_eq!(owed(ms(3), 0.25), ms(9));
-        assert_eq!(owed(ms(2), 1.0), Duration::ZERO);
-        assert_eq!(owed(Duration::from_secs(3), 0.1), Duration::ZERO, "it was not throttled until now");
-        assert!(owed(ms(1), 0.0) < Duration::from_secs(2));
-    }
 }

@@ -73,6 +73,7 @@ fn config() -> WriterConfig {
         write: WriteUnit::Word,
         contents: Contents::Random,
         seed: 42,
+        writers: 0,
     }
 }
 

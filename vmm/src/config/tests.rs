@@ -102,7 +102,7 @@ fn errors_name_the_file_the_key_and_what_would_do() {
         ("guest = \"writer\"\ncmdline = \"quiet\"", "cmdline: needs a kernel"),
         ("guest = \"writer\"\ninitrd = \"i\"", "initrd: needs a kernel"),
         ("kernel = \"k\"\n[writer]\nseed = 1", "writer: these settings need guest = \"writer\""),
-        ("guest = \"writer\"\ndirty_tracking = \"ring\"", "dirty_tracking: "),
+        ("guest = \"writer\"\ndirty_tracking = \"ring\"", "dirty_tracking: machines track writes by KVM's bitmap only"),
         ("guest = \"writer\"\n[balloon]\nsize = \"1G\"", "unknown field `size`"),
         ("guest = \"writer\"\n[[disk]]\nid = \"a b\"\npath = \"b\"", "disk: id \"a b\": use 1 to 20 letters"),
         ("guest = \"writer\"\n[[disk]]\nid = \"a\"\npath = \"\"", "disk: `a` needs a path"),

@@ -13,20 +13,29 @@ use crate::config::SerialTarget;
 use crate::cpuid::{self, Feature};
 use crate::description::Described;
 use crate::error::{VmmError, chain};
-use crate::kvm::Vm;
+use crate::kvm::{ReadyVm, Vm};
 use crate::machine::host_tsc_khz;
 use crate::preflight::{HostFacts, MemoryFacts};
 use crate::vcpu::msr;
 
 /// What this host has for such a machine, or every reason why that does not even come to a comparison.
-pub(super) fn gather(machine: &Described, options: &HostOptions) -> Result<HostFacts, Vec<Refusal>> {
+/// `ready`: a VM to ask, made if there is none yet.
+pub(super) fn gather(
+    machine: &Described,
+    options: &HostOptions,
+    ready: &mut Option<ReadyVm>,
+) -> Result<HostFacts, Vec<Refusal>> {
     let refused = |error: VmmError| vec![Refusal::new("kvm", chain(&error))];
     let kvm = Vm::open_kvm().map_err(refused)?;
     let missing = Vm::missing(&kvm);
     if !missing.is_empty() {
         return Err(missing.iter().map(|what| Refusal::new("kvm", format!("this host's KVM lacks {what}"))).collect());
     }
-    let mut facts = probe(&kvm, machine).map_err(refused)?;
+    let vm = match ready.take() {
+        Some(vm) => vm,
+        None => ReadyVm::new().map_err(refused)?,
+    };
+    let mut facts = probe(&kvm, ready.insert(vm), machine).map_err(refused)?;
     for name in &options.mask_cpu_features {
         let feature = Feature::named(name);
         feature
@@ -39,14 +48,12 @@ pub(super) fn gather(machine: &Described, options: &HostOptions) -> Result<HostF
     Ok(facts)
 }
 
-/// Asks a VM and a vCPU that exist only for that.
-fn probe(kvm: &Kvm, machine: &Described) -> Result<HostFacts, VmmError> {
-    let vm = Vm::new(kvm)?;
-    let vcpu = vm.fd().create_vcpu(0).map_err(VmmError::kvm("cannot create a vCPU"))?;
-    let tsc_khz = host_tsc_khz(&vcpu)?;
+/// Asks a VM that nothing has been built in.
+fn probe(kvm: &Kvm, ReadyVm { vm, vcpu }: &ReadyVm, machine: &Described) -> Result<HostFacts, VmmError> {
+    let tsc_khz = host_tsc_khz(vcpu)?;
     Ok(HostFacts {
         offered: cpuid::offered(kvm, machine.config.vcpus, tsc_khz)?,
-        msrs: msrs_of_guest(machine, &vcpu)?,
+        msrs: msrs_of_guest(machine, vcpu)?,
         xsave_bytes: vm.xsave_bytes(),
         tsc_khz,
         tsc_scaling: vm.tsc_control(),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use godwit_core::memory_files::MemoryFile;
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::VcpuFd;
 
 use super::announce::Announcer;
 use super::events::{Life, Subscribers};
@@ -19,7 +19,7 @@ use crate::description::Identity;
 use crate::devices::Devices;
 use crate::devices::layout::DeviceLayout;
 use crate::error::VmmError;
-use crate::kvm::{KvmDirtyLog, Vm, install_kick_handler};
+use crate::kvm::{KvmDirtyLog, ReadyVm, Vm, install_kick_handler};
 use crate::memory::Ram;
 use crate::preflight::same_tsc_frequency;
 use crate::sync::lock;
@@ -33,6 +33,8 @@ pub(crate) struct Arriving {
     pub(crate) accepted_features: Vec<u64>,
     /// Its memory, if that is handed over.
     pub(crate) memory: Option<Vec<MemoryFile>>,
+    /// A VM to build it in, if one has been made already.
+    pub(crate) vm: Option<ReadyVm>,
 }
 
 impl Machine {
@@ -48,8 +50,11 @@ impl Machine {
             Some(files) => Ram::handed_over(files, config.huge_pages)?,
             None => Ram::new(config.memory.bytes(), config.memory_backing, config.huge_pages)?,
         };
-        let kvm = Vm::open_kvm()?;
-        let vm = Arc::new(Vm::new(&kvm)?);
+        let ReadyVm { vm, vcpu } = match arriving.as_mut().and_then(|arriving| arriving.vm.take()) {
+            Some(vm) => vm,
+            None => ReadyVm::new()?,
+        };
+        let vm = Arc::new(vm);
         vm.set_memory(ram.guest(), false)?;
         let (layout, accepted_features) = match &arriving {
             Some(arriving) => (arriving.identity.layout.clone(), Some(arriving.accepted_features.as_slice())),
@@ -57,13 +62,13 @@ impl Machine {
         };
         let devices = Arc::new(Devices::new(vm.fd(), ram.guest(), &layout, config, accepted_features)?);
         mask_pics(vm.fd())?;
-        let fds = create_vcpus(&vm, config.vcpus)?;
+        let fds = create_vcpus(&vm, vcpu, config.vcpus)?;
         let identity = match arriving {
             Some(Arriving { identity, .. }) => {
                 show_cpus(&vm, &fds, &identity.cpuid, identity.tsc_khz)?;
                 identity
             }
-            None => own_identity(&kvm, &vm, &fds, layout)?,
+            None => own_identity(&vm, &fds, layout)?,
         };
         let power_on = PowerOn::save(vm.fd(), &fds, &identity.shape)?;
 
@@ -116,21 +121,22 @@ impl Machine {
     }
 }
 
-fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<VcpuFd>, VmmError> {
+fn create_vcpus(vm: &Vm, first: VcpuFd, count: u32) -> Result<Vec<VcpuFd>, VmmError> {
     let create =
         |id| vm.fd().create_vcpu(u64::from(id)).map_err(VmmError::kvm(format!("cannot create vCPU {id} of {count}")));
-    (0..count).map(create).collect()
+    std::iter::once(Ok(first)).chain((1..count).map(create)).collect()
 }
 
 /// Shows the vCPUs of a guest that starts here what this host has, and finds out what their state is made of.
-fn own_identity(kvm: &Kvm, vm: &Vm, fds: &[VcpuFd], layout: DeviceLayout) -> Result<Identity, VmmError> {
+fn own_identity(vm: &Vm, fds: &[VcpuFd], layout: DeviceLayout) -> Result<Identity, VmmError> {
+    let kvm = Vm::open_kvm()?;
     let vcpus = fds.len() as u32;
     let tsc_khz = first(fds).and_then(host_tsc_khz)?;
-    let offered = cpuid::offered(kvm, vcpus, tsc_khz)?;
+    let offered = cpuid::offered(&kvm, vcpus, tsc_khz)?;
     let cpuid: Vec<_> = (0..vcpus).map(|id| cpuid::for_vcpu(&offered, id)).collect();
     show_cpus(vm, fds, &cpuid, tsc_khz)?;
     // Which MSRs a vCPU has is known only once it has its CPUID.
-    let shape = StateShape { msrs: msr::state_list(kvm, first(fds)?)?, xsave_bytes: vm.xsave_bytes() };
+    let shape = StateShape { msrs: msr::state_list(&kvm, first(fds)?)?, xsave_bytes: vm.xsave_bytes() };
     Ok(Identity { cpuid, shape, tsc_khz, layout })
 }
 

@@ -11,9 +11,6 @@ use std::time::{Duration, Instant};
 use crate::sync::lock;
 use crate::vcpu::Vcpu;
 
-/// How long a throttled vCPU runs between two rests, if nothing is late. Short, so that no rest needs to be long.
-const PERIOD: Duration = Duration::from_millis(1);
-
 /// How long faults are counted before they are believed.
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -72,17 +69,14 @@ impl Throttle {
             let Ok(mut share) = wanted.recv() else { return };
             let mut writers = Writers::new(&vcpus);
             loop {
-                for (vcpu, share) in vcpus.iter().zip(writers.shares(&vcpus, share)) {
-                    if share < 1.0 {
-                        vcpu.rest(share);
-                    }
-                }
-                match wanted.recv_timeout(PERIOD) {
+                writers.leave(&vcpus, share);
+                match wanted.recv_timeout(COUNT_INTERVAL) {
                     Ok(changed) => share = changed,
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => return,
+                    Err(RecvTimeoutError::Timeout) => writers.count(&vcpus),
+                    Err(RecvTimeoutError::Disconnected) => break,
                 }
             }
+            vcpus.iter().for_each(|vcpu| vcpu.throttle(1.0));
         });
         match thread {
             Ok(thread) => Some(Worker { shares, thread }),
@@ -109,16 +103,23 @@ impl Writers {
         Self { counted: Instant::now(), faults: read(vcpus), rates: None, left: vec![1.0; vcpus.len()] }
     }
 
-    /// What to leave each of them so that all together write this share of what they would.
-    fn shares(&mut self, vcpus: &[Vcpu], share: f64) -> Vec<f64> {
-        if self.counted.elapsed() >= COUNT_INTERVAL {
-            self.count(vcpus);
-        }
-        self.left = match &self.rates {
+    /// Leaves each of them so much that all together write this share of what they would.
+    fn leave(&mut self, vcpus: &[Vcpu], share: f64) {
+        let left = match &self.rates {
             Some(rates) => hold(rates, share),
             None => vec![share; vcpus.len()],
         };
-        self.left.clone()
+        if left == self.left {
+            return;
+        }
+        for (vcpu, (left, before)) in vcpus.iter().zip(left.iter().zip(&self.left)) {
+            if left != before {
+                vcpu.throttle(*left);
+            }
+        }
+        self.left = left;
+        // What was counted when they were left something else is not compared with this.
+        (self.counted, self.faults) = (Instant::now(), read(vcpus));
     }
 
     fn count(&mut self, vcpus: &[Vcpu]) {

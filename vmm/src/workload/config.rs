@@ -24,6 +24,8 @@ pub struct WriterConfig {
     pub contents: Contents,
     /// Seed of contents and orders.
     pub seed: u64,
+    /// vCPUs that write: the first so many. The others only wait. 0: all of them write.
+    pub writers: u32,
 }
 
 impl Default for WriterConfig {
@@ -36,6 +38,7 @@ impl Default for WriterConfig {
             write: WriteUnit::Page,
             contents: Contents::Random,
             seed: 1,
+            writers: 0,
         }
     }
 }

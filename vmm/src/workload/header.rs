@@ -112,6 +112,7 @@ impl HeaderPage {
             order: Order::from_setting(self.u32(field::ORDER))?,
             write: WriteUnit::from_setting(self.u32(field::WRITE))?,
             contents: Contents::from_setting(self.u32(field::CONTENTS))?,
+            writers: self.u32(field::WRITERS),
             seed: self.u64(field::SEED),
         })
     }

@@ -30,6 +30,7 @@ pub fn elf(config: &WriterConfig) -> Vec<u8> {
     put_u32(header, field::ORDER, config.order.setting());
     put_u32(header, field::WRITE, config.write.setting());
     put_u32(header, field::CONTENTS, config.contents.setting());
+    put_u32(header, field::WRITERS, config.writers);
     for index in 0..IMAGE_PAGES {
         let start = HEADER_OFFSET + (1 + index) * PAGE_BYTES as usize;
         let hash = fnv1a(&BUILT[start..start + PAGE_BYTES as usize]);

@@ -11,7 +11,7 @@ use super::layout::{
     HEADER, LARGE_PAGE_FLAGS, PAGE_BYTES, STACK_BYTES, STACK_UNUSED_BYTES, STATIC_GIB, TABLE_FLAGS, TRAMPOLINE, field,
     line, status,
 };
-use super::rules::{PAGE_WORDS, Sequence, WordRule, page_key, share};
+use super::rules::{PAGE_WORDS, Sequence, WordRule, page_key, share, writers};
 use super::writer;
 
 /// Where the header page lies in the ELF file.
@@ -56,7 +56,7 @@ impl Model {
             |guest_address, size_bytes| (GuestRange { guest_address, size_bytes }, vec![0u64; size_bytes as usize / 8]);
         let working_set = config.working_set_bytes / PAGE_BYTES;
         let vcpu = |vcpu| {
-            let (first_frame, pages) = share(working_set, vcpu, vcpus);
+            let (first_frame, pages) = share(working_set, vcpu, writers(config.writers, vcpus));
             let sequence = Sequence::new(config.order.setting(), config.seed, vcpu, pages).unwrap();
             Vcpu { first_frame, sequence, pages, writes: 0 }
         };

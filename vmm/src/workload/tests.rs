@@ -44,8 +44,8 @@ fn case() -> impl Strategy<Value = Case> {
     let order = prop_oneof![Just(Order::Seq), Just(Order::Random), Just(Order::HotCold)];
     let write = prop_oneof![Just(WriteUnit::Word), Just(WriteUnit::Page)];
     let contents = prop_oneof![Just(Contents::Random), Just(Contents::Compressible)];
-    let config = (pages.clone(), pages, order, write, contents, any::<u64>()).prop_map(
-        |(working_set, fill, order, write, contents, seed)| WriterConfig {
+    let config = (pages.clone(), pages, order, write, contents, any::<u64>(), 0..5u32).prop_map(
+        |(working_set, fill, order, write, contents, seed, writers)| WriterConfig {
             working_set_bytes: working_set * PAGE_BYTES,
             fill_bytes: (fill - 1) * PAGE_BYTES,
             rate: Rate::Max,
@@ -53,6 +53,7 @@ fn case() -> impl Strategy<Value = Case> {
             write,
             contents,
             seed,
+            writers,
         },
     );
     let steps = prop::collection::vec(0..64usize, 0..300);

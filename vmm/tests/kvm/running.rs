@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use godwit_core::SourceMachine;
 use godwit_vmm::config::ByteSize;
+use godwit_vmm::workload::{Rate, WriterConfig};
 use godwit_vmm::{BootOptions, Machine, MachineConfig, MachineStatus};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -19,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("running::pausing_is_quick_and_no_kick_is_lost", pausing_is_quick_and_no_kick_is_lost),
     ("running::a_halted_guest_can_be_paused", a_halted_guest_can_be_paused),
     ("running::a_throttled_guest_gets_its_share", a_throttled_guest_gets_its_share),
+    ("running::a_vcpu_that_only_reads_is_left_alone", a_vcpu_that_only_reads_is_left_alone),
     ("running::the_dirty_log_finds_exactly_what_was_written", the_dirty_log_finds_exactly_what_was_written),
     ("running::the_dirty_log_ends_with_the_region", the_dirty_log_ends_with_the_region),
     ("running::a_dropped_machine_leaves_nothing_behind", a_dropped_machine_leaves_nothing_behind),
@@ -94,6 +96,34 @@ fn a_throttled_guest_gets_its_share() {
     machine.throttle(1.0);
     wait_until("the guest is not held back any more", || look().1 <= 2);
     wait_for_progress(&machine);
+}
+
+fn a_vcpu_that_only_reads_is_left_alone() {
+    let one_writes = WriterConfig { rate: Rate::Max, writers: 1, ..WriterConfig::default() };
+    let machine = run(&MachineConfig { writer: Some(one_writes), ..writer(2) });
+    let [writes, reads] = [0, 1].map(|cpu| machine.cpus()[cpu].thread_id);
+    wait_until("it works", || heartbeats(&machine, 2).iter().all(|beat| *beat > 1000));
+    machine.dirty_log().start().unwrap();
+    let mut words = vec![0; (256 << 20) / 4096 / 64];
+    // What was written is protected again, as in a move: that is how those that write are known.
+    let mut slept = |time: Duration| {
+        let (until, before) = (Instant::now() + time, [writes, reads].map(sleeps));
+        while Instant::now() < until {
+            machine.dirty_log().harvest(0, &mut words).unwrap();
+            machine.dirty_log().clear(0, 0, &words).unwrap();
+            words.fill(0);
+            thread::sleep(Duration::from_millis(10));
+        }
+        [sleeps(writes) - before[0], sleeps(reads) - before[1]]
+    };
+    machine.throttle(0.2);
+    // A vCPU that is not throttled never sleeps.
+    let until = Instant::now() + guests::PATIENCE;
+    while !matches!(slept(Duration::from_millis(300)), [writer, reader] if writer >= 5 && reader <= 2) {
+        assert!(Instant::now() < until, "who writes is not told from who reads");
+    }
+    machine.throttle(1.0);
+    machine.dirty_log().stop().unwrap();
 }
 
 /// How often a thread of this process has gone to sleep of its own will.

@@ -7,7 +7,7 @@ use crate::workload::layout::{
     HEADER, IMAGE, LOW_MEMORY_END, MAX_GIB, MAX_IMAGE_PAGES, MAX_RANGES, MAX_VCPUS, PAGE_BYTES, STACK_BYTES,
     STATIC_GIB, field,
 };
-use crate::workload::rules::{Sequence, WordRule, share};
+use crate::workload::rules::{Sequence, WordRule, share, writers};
 
 use super::CheckError;
 
@@ -64,8 +64,9 @@ impl Facts {
         };
         facts.check_image()?;
         facts.check_ranges(header)?;
+        let writers = writers(config.writers, vcpus);
         let part = |(vcpu, writes)| {
-            let (first_frame, pages) = share(facts.working_set_pages, vcpu, vcpus);
+            let (first_frame, pages) = share(facts.working_set_pages, vcpu, writers);
             let sequence = Sequence::new(config.order.setting(), config.seed, vcpu, pages)
                 .ok_or_else(|| damaged("unknown order"))?;
             if pages == 0 && writes != 0 {

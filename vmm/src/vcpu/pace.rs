@@ -1,0 +1,153 @@
+//! How a throttled vCPU spends its time: it runs and rests by turns, and rests in proportion to what it has run.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::kvm::Alarm;
+
+/// How long a throttled vCPU runs between two rests. Short, so that no rest needs to be long; but much shorter, and the guest gets less done than its share:
+/// leaving it and entering it again takes time too.
+const RUN: Duration = Duration::from_millis(1);
+
+/// A vCPU that has run for nearly long enough is not stopped for less than this.
+const SHORTEST_ALARM: Duration = Duration::from_micros(50);
+
+/// However long a vCPU has run, it rests no longer than this at a time.
+const LONGEST_REST: Duration = Duration::from_millis(100);
+
+/// A vCPU that was woken late has so much of its later rests spared, if not more than one.
+const LONGEST_CREDIT: Duration = Duration::from_millis(20);
+
+/// The least share of its time that a vCPU keeps.
+const MIN_SHARE: f64 = 0.001;
+
+/// Keeps a vCPU to a share of its time. Lives on the vCPU's thread.
+pub(super) struct Pace {
+    alarm: Alarm,
+    account: Account,
+    /// The thread's CPU time when it went on.
+    went_on_at: Duration,
+}
+
+impl Pace {
+    /// From now on; [`Pace::goes_on`] begins.
+    pub(super) fn new(share: f64) -> io::Result<Self> {
+        let (alarm, account) = (Alarm::of_this_thread()?, Account::new(share));
+        let mut pace = Self { alarm, account, went_on_at: Duration::ZERO };
+        pace.goes_on();
+        Ok(pace)
+    }
+
+    /// Another share, from the next rest on.
+    pub(super) fn set(&mut self, share: f64) {
+        self.account.share = clamp(share);
+    }
+
+    /// It enters the guest, after a rest or a pause.
+    pub(super) fn goes_on(&mut self) {
+        self.account.goes_on(Instant::now());
+        self.went_on_at = thread_time();
+        self.alarm.set(RUN);
+    }
+
+    /// Until when to rest, if it has run for long enough. What counts is the time that it has had a CPU: on a busy host it would rest for waiting too.
+    pub(super) fn rest(&mut self) -> Option<Instant> {
+        let ran = thread_time().saturating_sub(self.went_on_at);
+        let until = self.account.rest(Instant::now(), ran);
+        if until.is_none() {
+            self.alarm.set(RUN.saturating_sub(ran).max(SHORTEST_ALARM));
+        }
+        until
+    }
+}
+
+/// The time that this thread has been on a CPU, in the guest or not.
+fn thread_time() -> Duration {
+    // The clock is there on every Linux.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
+
+/// The arithmetic of it.
+struct Account {
+    share: f64,
+    /// When it began to rest.
+    rests_since: Option<Instant>,
+    /// Rest that it still owes, in seconds. Less than zero: it has rested for too long.
+    owed_s: f64,
+}
+
+impl Account {
+    fn new(share: f64) -> Self {
+        Self { share: clamp(share), rests_since: None, owed_s: 0.0 }
+    }
+
+    /// How long it rests if nothing is late.
+    fn usual_rest(&self) -> Duration {
+        RUN.mul_f64(self.rest_per_run())
+    }
+
+    fn rest_per_run(&self) -> f64 {
+        1.0 / self.share - 1.0
+    }
+
+    fn goes_on(&mut self, now: Instant) {
+        if let Some(since) = self.rests_since.take() {
+            // On a busy host it is woken late. It has that back, within limits.
+            let most = self.usual_rest().max(LONGEST_CREDIT);
+            self.owed_s = (self.owed_s - (now - since).as_secs_f64()).max(-most.as_secs_f64());
+        }
+    }
+
+    fn rest(&mut self, now: Instant, ran: Duration) -> Option<Instant> {
+        if ran + SHORTEST_ALARM / 2 < RUN {
+            return None;
+        }
+        self.owed_s = (self.owed_s + ran.as_secs_f64() * self.rest_per_run()).min(LONGEST_REST.as_secs_f64());
+        self.rests_since = Some(now);
+        Some(now + Duration::from_secs_f64(self.owed_s.max(0.0)))
+    }
+}
+
+fn clamp(share: f64) -> f64 {
+    share.clamp(MIN_SHARE, 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_rest_is_what_the_share_leaves_of_what_was_run() {
+        let now = Instant::now();
+        let rest = |share, ran| Account::new(share).rest(now, ran).map(|until| until - now);
+        assert_eq!(rest(0.5, MS * 2), Some(MS * 2));
+        assert_eq!(rest(0.25, MS * 3), Some(MS * 9));
+        assert_eq!(rest(0.5, MS / 2), None, "it was interrupted for another reason");
+        assert_eq!(rest(0.0, MS * 1000), Some(LONGEST_REST));
+    }
+
+    proptest! {
+        #[test]
+        fn it_has_its_share_however_late_it_is_woken(
+            share in 0.05f64..0.8, late in prop::collection::vec((0u64..500, 0u64..4000), 500),
+        ) {
+            let (start, mut ran) = (Instant::now(), Duration::ZERO);
+            let mut account = Account::new(share);
+            let mut now = start;
+            for (kicked_late_us, woken_late_us) in late {
+                let run = RUN + Duration::from_micros(kicked_late_us);
+                (now, ran) = (now + run, ran + run);
+                now = account.rest(now, run).unwrap() + Duration::from_micros(if share < 0.3 { woken_late_us } else { woken_late_us / 10 });
+                account.goes_on(now);
+            }
+            let reached = ran.as_secs_f64() / (now - start).as_secs_f64();
+            prop_assert!((0.97 * share..1.03 * share).contains(&reached), "{reached} of {share}");
+        }
+    }
+}
