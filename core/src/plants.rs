@@ -72,6 +72,17 @@ pub enum Plant {
     ReadyBeforeLoad,
     /// A move can be cancelled after *commit*.
     CancelAfterCommit,
+
+    /// A move that has come to nothing leaves the guest throttled.
+    KeepThrottle,
+    /// The source lets the guest run on when it loses the destination in post-copy.
+    ResumeInPostCopy,
+    /// A page that is missing counts as there as soon as it has been asked for.
+    ForgetMissingPage,
+    /// After a break in post-copy the source goes by what it has sent, not by what the destination says it lacks.
+    TrustWhatWasSent,
+    /// What had been asked for before a break in post-copy is not asked for again.
+    ForgetWanted,
 }
 
 /// Whether this fault is planted. A constant `false` in whatever is shipped.

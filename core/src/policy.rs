@@ -7,12 +7,21 @@ mod stall;
 
 use std::time::Duration;
 
-pub use self::stall::Stall;
+pub use self::stall::{Stall, THROTTLED_AFTER};
 use crate::memory::PAGE_SIZE;
 use crate::source::OnStall;
 
 /// What copying and hashing leave of a fast link: what one core of a small machine does (docs/performance.md).
 pub const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
+
+/// A throttle aims at this much of the downtime limit and of the time budget: guests do not write evenly.
+const AIM: f64 = 0.85;
+/// Rounds that are made although the limit is met: no more of them in one move.
+pub const MOST_FREE_ROUNDS: u32 = 3;
+/// Such a round makes the pause so much shorter at least,
+const SHORTER: f64 = 0.5;
+/// and takes, with the pause that then remains, at most so many times as long as the pause would have.
+const LONGER: f64 = 1.1;
 
 /// What is known when a round has ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,6 +42,17 @@ pub struct RoundEnd {
     pub switchover_bytes_per_s: f64,
     /// F: what the pause takes with nothing to send.
     pub fixed: Duration,
+    /// What another round is expected to come to, if that is known.
+    pub next: Option<NextRound>,
+}
+
+/// A round that has not begun.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NextRound {
+    /// How long it will take.
+    pub duration: Duration,
+    /// Pages that will be dirty when it ends.
+    pub dirty_pages: u64,
 }
 
 /// The user's limits.
@@ -46,6 +66,33 @@ pub struct Limits {
     pub timeout: Option<Duration>,
     /// What to do when they are not met.
     pub on_stall: OnStall,
+}
+
+impl Limits {
+    /// What a throttle aims at, in the order of preference: the limits with something in reserve, and the pause within the time budget; without
+    /// the reserve; and the limits as [`RoundEnd::decide`] has them.
+    pub fn aims(&self) -> [Self; 3] {
+        let over_in_time = |share: f64| Self {
+            downtime: self.downtime.mul_f64(share),
+            timeout: self.timeout.map(|timeout| timeout.saturating_sub(self.downtime).mul_f64(share)),
+            max_rounds: (f64::from(self.max_rounds) * share) as u32,
+            ..*self
+        };
+        [over_in_time(AIM), over_in_time(1.0), *self]
+    }
+
+    /// By which a prediction is judged: where there is a throttle, it has the pause end within the time budget.
+    pub fn to_judge_by(&self) -> Self {
+        match self.on_stall {
+            OnStall::Throttle => self.aims()[1],
+            OnStall::Abort | OnStall::Force | OnStall::PostCopy => *self,
+        }
+    }
+
+    /// No time or round is left for another one.
+    pub fn are_spent(&self, end: &RoundEnd) -> bool {
+        end.round >= self.max_rounds || self.timeout.is_some_and(|timeout| end.elapsed >= timeout)
+    }
 }
 
 /// What to do next.
@@ -77,11 +124,25 @@ impl RoundEnd {
         self.fixed + Duration::from_secs_f64(dirty + queued)
     }
 
+    /// Whether another round makes the pause much shorter and the move hardly longer: what it sends need not be sent in the pause.
+    fn another_is_free(&self, limits: &Limits) -> bool {
+        let Some(next) = self.next else { return false };
+        // Of what is queued then, nothing is older than the round.
+        let sent = self.dirty_pages as f64 * self.wire_bytes_per_page;
+        let then =
+            RoundEnd { dirty_pages: next.dirty_pages, queued_bytes: self.queued_bytes.min(sent as u64), ..*self };
+        let (now, then) = (self.predicted_pause(), then.predicted_pause());
+        self.round < limits.max_rounds
+            && limits.timeout.is_none_or(|timeout| self.elapsed + next.duration < timeout)
+            && then <= now.mul_f64(SHORTER)
+            && next.duration + then <= now.mul_f64(LONGER)
+    }
+
     /// The stop rule, and what happens when it is not met in time.
     pub fn decide(&self, limits: &Limits) -> Decision {
         let pause = self.predicted_pause();
         if pause <= limits.downtime {
-            return Decision::Stop;
+            return if self.another_is_free(limits) { Decision::Continue } else { Decision::Stop };
         }
         if self.fixed > limits.downtime && limits.on_stall != OnStall::Force {
             // No number of rounds makes the pause shorter than what it takes with nothing to send.
@@ -140,6 +201,7 @@ mod tests {
             applying: Duration::ZERO,
             switchover_bytes_per_s: 1e9,
             fixed: 2 * MS,
+            next: None,
         }
     }
 
@@ -153,6 +215,19 @@ mod tests {
         assert_eq!(end(0, 1000).decide(&limits(OnStall::Abort)), Decision::Stop);
         assert_eq!(end(0, 1201).decide(&limits(OnStall::Abort)), Decision::Continue);
         assert_eq!(end(3, 1000).decide(&limits(OnStall::Abort)), Decision::Stop, "also in the last round");
+    }
+
+    #[test]
+    fn goes_on_although_the_limit_is_met_where_that_is_free() {
+        let next = |duration, dirty_pages| RoundEnd { next: Some(NextRound { duration, dirty_pages }), ..end(0, 1000) };
+        let decided = |end: RoundEnd| end.decide(&limits(OnStall::Abort));
+        // 8 ms now; then 2 ms, 1 ms for what is queued, and what is dirty.
+        assert_eq!(decided(next(5 * MS, 100)), Decision::Continue);
+        assert_eq!(decided(next(5 * MS, 300)), Decision::Stop, "not half of it");
+        assert_eq!(decided(next(6 * MS, 100)), Decision::Stop, "takes more than it saves");
+        assert_eq!(decided(RoundEnd { round: 3, ..next(5 * MS, 100) }), Decision::Stop, "no round is left");
+        let timed = Limits { timeout: Some(105 * MS), ..limits(OnStall::Abort) };
+        assert_eq!(next(5 * MS, 100).decide(&timed), Decision::Stop, "no time is left");
     }
 
     #[test]

@@ -1,7 +1,13 @@
-//! Threads that a paused guest waits for do not wait for others.
+//! Threads that a paused guest waits for do not wait for others, and what nobody waits for is done later.
+
+use std::thread;
+use std::time::Duration;
 
 /// How far before others: enough to run at once when something comes in, however busy the host is.
 const NICE: libc::c_int = -10;
+
+/// A resumed guest's first moments, in which it touches its pages again.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// A thread that steers a move, until this is dropped.
 pub(crate) struct Prompt {
@@ -29,6 +35,19 @@ impl Drop for Prompt {
     }
 }
 
+/// Drops `what` once the guest has had [`GRACE`], on a thread of its own. To free what a move has used (caches of pages, the table) takes
+/// longer than the guest's pause, and while it does, whoever needs the process's memory map waits: a guest that has just been resumed in
+/// it, or on the same host, has better use for the core and the map.
+pub(crate) fn drop_later(what: impl Send + 'static) {
+    let dropping = move || {
+        thread::sleep(GRACE);
+        drop(what);
+    };
+    if let Err(error) = thread::Builder::new().name("free".into()).spawn(dropping) {
+        tracing::debug!("no thread to free memory on: {error}");
+    }
+}
+
 fn nice() -> libc::c_int {
     // SAFETY: asks about the calling thread (0).
     unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
@@ -42,7 +61,23 @@ fn set(policy: libc::c_int, nice: libc::c_int) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+
+    #[test]
+    fn what_is_dropped_later_is_dropped() {
+        struct Tells(std::sync::mpsc::Sender<Instant>);
+        impl Drop for Tells {
+            fn drop(&mut self) {
+                let _ = self.0.send(Instant::now());
+            }
+        }
+        let (told, dropped) = std::sync::mpsc::channel();
+        let begin = Instant::now();
+        drop_later(Tells(told));
+        assert!(dropped.recv().unwrap() >= begin + GRACE);
+    }
 
     #[test]
     fn what_a_prompt_thread_starts_is_as_others_are_and_it_is_prompt_for_a_while_only() {

@@ -26,7 +26,7 @@ use crate::message::{self, Message, PrepareRequest, TimedStep};
 use crate::ownership::{CALL_LIMIT, Claim, Nonce, RETRY_GAP, RightToRun};
 use crate::phase::Phase;
 use crate::postcopy::Wanted;
-use crate::priority::run_promptly;
+use crate::priority::{drop_later, run_promptly};
 use crate::progress::{Event, Observer, Report, Step};
 use crate::random;
 use crate::table::{PageHasher, PageTable};
@@ -373,7 +373,10 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
 
     fn own(mut self, running: bool, right: Option<(RightToRun, Nonce)>) -> DestinationOutcome<H::Machine> {
         self.enter(if self.service.is_some() { Phase::PostCopy } else { Phase::Completed });
-        self.join();
+        // Each has said its last word, and nobody waits for what is left of it.
+        self.hang_up_data();
+        self.workers.clear();
+        drop_later((self.pages.take(), std::mem::take(&mut self.idle)));
         self.report.total_ms = self.began.elapsed().as_secs_f64() * 1e3;
         self.report.wire_bytes = self.link.wire_bytes();
         match self.machine.take() {

@@ -33,7 +33,7 @@ pub fn run(
     link: &ControlLink,
     index: usize,
     channel: &mut ReceivingChannel,
-    reader: Box<dyn ChannelReader>,
+    reader: &mut dyn ChannelReader,
 ) -> Result<u64, WorkerError> {
     let broke = |error| WorkerError::Io(index, error);
     let mut reader = Buffered { reader, buffer: vec![0; BUFFER_BYTES], filled: 0, used: 0, read_past: false };
@@ -62,8 +62,8 @@ pub fn run(
     }
 }
 
-struct Buffered {
-    reader: Box<dyn ChannelReader>,
+struct Buffered<'a> {
+    reader: &'a mut dyn ChannelReader,
     buffer: Vec<u8>,
     filled: usize,
     used: usize,
@@ -71,7 +71,7 @@ struct Buffered {
     read_past: bool,
 }
 
-impl Buffered {
+impl Buffered<'_> {
     fn read_exact(&mut self, mut bytes: &mut [u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let count = self.buffered()?.len().min(bytes.len());

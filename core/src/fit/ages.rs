@@ -23,6 +23,9 @@ struct Bin {
     seconds: f64,
 }
 
+/// What a fading leaves of the weight of all that was counted before.
+const KEPT: f64 = 0.7;
+
 /// What was counted so far.
 #[derive(Debug, Clone)]
 pub struct Ages {
@@ -45,6 +48,13 @@ impl Ages {
         bin.pages += pages as f64;
         bin.dirty += dirty as f64;
         bin.seconds += seconds * pages as f64;
+    }
+
+    /// What was counted so far counts for less than what follows.
+    pub fn fade(&mut self) {
+        for bin in self.bins.iter_mut().flatten() {
+            (bin.pages, bin.dirty, bin.seconds) = (bin.pages * KEPT, bin.dirty * KEPT, bin.seconds * KEPT);
+        }
     }
 
     /// The longest age that was seen.
@@ -147,6 +157,20 @@ mod tests {
                 assert!((found - truth).abs() < 0.2 * truth + 3.0, "zone {index} at {age} s: {found}, not {truth}");
             }
         }
+    }
+
+    #[test]
+    fn what_has_faded_hardly_counts_beside_what_is_new() {
+        let mut ages = Ages::new(vec![1000.0]);
+        ages.count(0, Duration::from_millis(100), 1000, 800);
+        ages.count(0, Duration::from_millis(800), 1000, 900);
+        for _ in 0..10 {
+            ages.fade();
+            ages.count(0, Duration::from_millis(100), 1000, 300);
+        }
+        let zone = &ages.zones()[0].dirtying;
+        assert!((290.0..320.0).contains(&zone.pages(0.1)), "{}", zone.pages(0.1));
+        assert!((890.0..910.0).contains(&zone.pages(0.8)), "what nothing new is known of stays: {}", zone.pages(0.8));
     }
 
     #[test]

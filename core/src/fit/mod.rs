@@ -1,16 +1,18 @@
 //! What a move under way learns of the guest that it moves, and how it will go on by that.
 //!
 //! The first pass gives a curve U(t) of each part of memory ([`Watch`], [`Ages`]). Every round after it tells how fast the guest writes
-//! compared with that: the speed at which the model would have left as much dirty as was found. So a throttle shows, and so does a guest
-//! that works harder or less than it did; one whose habits are others altogether is known by its last round alone.
+//! compared with that: the speed at which the model would have left as much dirty as was found. So a guest shows that works harder or
+//! less than it did; one whose habits are others altogether is known by its last round alone. All of this is in the guest's own time
+//! ([`GuestClock`]), of which a throttle leaves it a share.
 //!
 //! ```text
 //! first pass:  look, look, look …  →  U(t) by zone
 //! each round:  dirty before, time, dirty after  →  speed
-//! both, and where the move stands  →  Outlook
+//! both, the share, and where the move stands  →  Outlook
 //! ```
 
 mod ages;
+mod clock;
 mod outlook;
 mod resent;
 mod watch;
@@ -18,7 +20,8 @@ mod watch;
 use std::time::Duration;
 
 pub use self::ages::Ages;
-pub use self::outlook::Outlook;
+pub use self::clock::GuestClock;
+pub use self::outlook::{Ahead, Outlook};
 pub use self::watch::{Seen, Watch};
 use crate::predict::{Dirtying, Workload, Zone, dirty_after_round};
 
@@ -40,10 +43,12 @@ const OTHER_HABITS: f64 = 0.5;
 pub struct Fit {
     /// As counted in the first pass, at the speed that the guest had then.
     zones: Vec<Zone>,
-    /// How many times as fast it writes now.
+    /// How many times as fast it writes now, in its own time.
     speed: f64,
-    /// Pages dirty in each zone when the last round ended.
+    /// Pages dirty in each zone when the last round ended, or as far as the first pass has come.
     dirty_pages: Vec<f64>,
+    /// Pages of each zone that the first pass has still to send. Empty: it is over.
+    unsent_pages: Vec<f64>,
 }
 
 impl Fit {
@@ -52,18 +57,19 @@ impl Fit {
         if let Some(zones) = seen.zones {
             (self.zones, self.speed) = (zones, 1.0);
         }
-        self.dirty_pages = seen.dirty_pages;
+        (self.dirty_pages, self.unsent_pages) = (seen.dirty_pages, seen.unsent_pages);
     }
 
-    /// A round after the first pass has taken so long, and has left this dirty.
-    pub fn round(&mut self, took: Duration, seen: Seen) {
+    /// A round after the first pass has left this dirty.
+    pub fn round(&mut self, seen: Seen) {
+        self.unsent_pages.clear();
         let before = std::mem::replace(&mut self.dirty_pages, seen.dirty_pages);
         if before.len() != self.zones.len() || self.dirty_pages.len() != before.len() {
             // Nothing was seen of the first pass, or of this round.
             return;
         }
         let found: f64 = self.dirty_pages.iter().sum();
-        let seconds = took.as_secs_f64();
+        let seconds = seen.ran.as_secs_f64();
         let expected =
             |speed: f64| -> f64 { dirty_after_round(&self.workload_at(speed), &before, seconds).iter().sum() };
         let variance = found + (MODEL_ERROR * found).powi(2) + STRAY_PAGES.powi(2);
@@ -81,22 +87,17 @@ impl Fit {
         }
     }
 
-    /// The guest is made to write so many times as fast as it did.
-    pub fn sped(&mut self, factor: f64) {
-        self.speed *= factor;
-    }
-
     /// What happens until the next round ends cannot be told from what was dirty when the last one did.
     pub fn interrupted(&mut self) {
         self.dirty_pages.clear();
     }
 
-    /// How many times as fast it writes as it did in the first pass.
+    /// How many times as fast it writes as it did in the first pass, in its own time.
     pub fn speed(&self) -> f64 {
         self.speed
     }
 
-    /// Pages dirty in each zone when the last round ended. `None`: too little has been seen.
+    /// Pages dirty in each zone. `None`: too little has been seen.
     pub fn dirty_pages(&self) -> Option<&[f64]> {
         let known = !self.zones.is_empty() && self.zones.len() == self.dirty_pages.len();
         known.then_some(&self.dirty_pages[..])
@@ -118,5 +119,7 @@ impl Fit {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod played;
 #[cfg(test)]
 mod tests;

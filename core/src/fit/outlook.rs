@@ -3,14 +3,33 @@
 use std::time::Duration;
 
 use super::Fit;
-use crate::policy::Limits;
+use crate::policy::{Limits, NextRound};
 use crate::predict::{
-    Contents, Encoded, PageCost, Path, Prediction, Standing, Workload, highest_speed_from, predict_from,
+    Contents, Encoded, PageCost, Path, Prediction, Standing, Workload, next_round, predict_from, throttled_share,
 };
 use crate::source::OnStall;
 
 /// A guest that would have to write this much slower for the limits to be met is clearly too fast.
 const CLEARLY: f64 = 0.5;
+
+/// Where a move stands, and what is ahead of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead {
+    /// The round that has ended; 0 also in the middle of the first pass.
+    pub round: u32,
+    /// Since the move began.
+    pub elapsed: Duration,
+    /// Of its time, what the guest is left.
+    pub share: f64,
+    /// What a page costs that is sent for the first time,
+    pub first: PageCost,
+    /// and one that is sent again.
+    pub again: PageCost,
+    /// The way that they go.
+    pub path: Path,
+    /// What is to be met.
+    pub limits: Limits,
+}
 
 /// What the fit predicts.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,9 +42,7 @@ pub struct Outlook {
     pub late: bool,
     /// Why not: one sentence.
     pub why: Option<String>,
-    /// Until the guest runs at the destination, since the move began. Says nothing of a move that does not converge.
-    pub total: Duration,
-    /// Of that, what follows the next round.
+    /// Until the guest runs at the destination, from the end of the next round on, or of the first pass while that is under way.
     pub after_next_round: Duration,
     /// The shortest pause at the end of any round to come.
     pub shortest_pause: Duration,
@@ -47,52 +64,56 @@ fn why(prediction: &Prediction, limits: &Limits) -> Option<String> {
 
 impl Fit {
     /// What becomes of a move that stands here. `None`: too little is known.
-    pub fn outlook(
-        &self,
-        round: u32,
-        elapsed: Duration,
-        cost: PageCost,
-        path: &Path,
-        limits: &Limits,
-    ) -> Option<Outlook> {
-        let standing = self.standing(round, elapsed)?;
-        // A prediction shall say whether the limits are met, not what to do about it.
-        let limits = Limits { on_stall: OnStall::Abort, ..*limits };
-        let predict = |speed: f64| predict_from(&standing, &self.workload(speed, cost), path, &limits);
-        let likely = predict(self.speed());
+    pub fn outlook(&self, ahead: &Ahead) -> Option<Outlook> {
+        let Ahead { elapsed, share, path, .. } = ahead;
+        let standing = self.standing(ahead)?;
+        let limits = ahead.limits_alone();
+        let predict = |share: f64| predict_from(&standing, &self.workload(share, ahead), path, &limits);
+        let likely = predict(*share);
         let converges = likely.converges();
         let shortest = likely.rounds.iter().map(|round| round.pause_seconds).fold(f64::MAX, f64::min);
         let next_round = likely.rounds.first().map_or(0.0, |round| round.seconds.min(1e9));
         Some(Outlook {
             converges,
-            hopeless: !converges && !predict(self.speed() * CLEARLY).converges(),
+            hopeless: !converges && !predict(share * CLEARLY).converges(),
             late: !converges && limits.timeout.is_some_and(|timeout| likely.total >= timeout),
             why: why(&likely, &limits),
-            total: likely.total,
-            after_next_round: likely.total.saturating_sub(elapsed + Duration::from_secs_f64(next_round)),
+            after_next_round: likely.total.saturating_sub(*elapsed + Duration::from_secs_f64(next_round)),
             shortest_pause: Duration::from_secs_f64(shortest.min(86_400.0)),
         })
     }
 
-    /// The highest speed, as [`Fit::speed`], at which the limits are met from here on. `None`: too little is known, or any speed will do.
-    pub fn highest_speed(
-        &self,
-        round: u32,
-        elapsed: Duration,
-        cost: PageCost,
-        path: &Path,
-        limits: &Limits,
-    ) -> Option<f64> {
-        let standing = self.standing(round, elapsed)?;
-        let limits = Limits { on_stall: OnStall::Abort, ..*limits };
-        highest_speed_from(&standing, &self.workload(1.0, cost), path, &limits)
+    /// What another round would come to. `None`: too little is known.
+    pub fn next_round(&self, ahead: &Ahead) -> Option<NextRound> {
+        Some(next_round(&self.workload(ahead.share, ahead), self.dirty_pages()?, ahead.again, &ahead.path))
     }
 
-    fn standing(&self, round: u32, elapsed: Duration) -> Option<Standing> {
-        Some(Standing { round, elapsed, dirty_pages: self.dirty_pages()?.to_vec() })
+    /// What to leave the guest of its time for the limits to be met from here on: 1 if it needs no throttle, 0 if none is strong
+    /// enough. `None`: too little is known.
+    pub fn throttled_share(&self, ahead: &Ahead) -> Option<f64> {
+        let (standing, limits) = (self.standing(ahead)?, ahead.limits_alone());
+        Some(throttled_share(&standing, &self.workload(1.0, ahead), &ahead.path, &limits))
     }
 
-    fn workload(&self, speed: f64, cost: PageCost) -> Workload {
-        Workload { contents: Contents::always(Encoded::always(cost)), ..self.workload_at(speed) }
+    fn standing(&self, ahead: &Ahead) -> Option<Standing> {
+        Some(Standing {
+            round: ahead.round,
+            elapsed: ahead.elapsed,
+            dirty_pages: self.dirty_pages()?.to_vec(),
+            unsent_pages: self.unsent_pages.clone(),
+        })
+    }
+
+    fn workload(&self, share: f64, ahead: &Ahead) -> Workload {
+        let [first, again] = [ahead.first, ahead.again].map(Encoded::always);
+        let contents = Contents { first, ..Contents::always(again) };
+        Workload { contents, ..self.workload_at(self.speed() * share) }
+    }
+}
+
+impl Ahead {
+    /// A prediction shall say whether the limits are met, not what to do about it.
+    fn limits_alone(&self) -> Limits {
+        Limits { on_stall: OnStall::Abort, ..self.limits }
     }
 }

@@ -15,7 +15,7 @@ const RUNS: usize = 16;
 /// The time that the guest is given to rewrite them.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// So many rewritten pages say enough.
-const ENOUGH_PAGES: u64 = 200;
+const ENOUGH_PAGES: u64 = 64;
 
 /// The pages that are copied.
 pub(super) struct Resent {

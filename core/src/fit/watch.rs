@@ -2,10 +2,12 @@
 //!
 //! A look clears nothing: it costs the guest nothing, and the move hardly anything. When the bits of a part of memory were
 //! cleared is not told by anybody; it is known to lie between the two looks of which the later one finds nothing pending there.
+//! All ages are in the guest's own time ([`GuestClock`]): a throttle changes nothing of what is counted.
 
 use std::time::Duration;
 
 use super::ages::Ages;
+use super::clock::GuestClock;
 use super::resent::Resent;
 use crate::estimate::EstimateError;
 use crate::estimate::sampling::{self, MOST_STRIPES, ZONES};
@@ -26,6 +28,10 @@ pub struct Seen {
     pub zones: Option<Vec<Zone>>,
     /// Pages dirty in each zone, of those that have been visited.
     pub dirty_pages: Vec<f64>,
+    /// Pages of each zone that the first pass has still to send. Empty: it is over.
+    pub unsent_pages: Vec<f64>,
+    /// For how long the guest has run in this round, in its own time.
+    pub ran: Duration,
     /// Bytes on the wire of a page that is sent again, where differences may be sent instead; as far as known.
     pub again_wire_bytes: Option<f64>,
 }
@@ -35,8 +41,13 @@ pub struct Watch {
     sample: Vec<usize>,
     /// How many times as many pages there are as are looked at.
     scale: f64,
-    /// When each stripe of the sample was visited.
+    /// Touched pages of each stripe of the sample. Empty: not counted yet.
+    touched: Vec<f64>,
+    /// When each was visited, by the guest's clock.
     visited: Vec<Option<Duration>>,
+    clock: GuestClock,
+    /// When the round under way began, by that clock.
+    round_began: Duration,
     ages: Ages,
     resent: Option<Resent>,
     /// Zeros between looks.
@@ -62,7 +73,10 @@ impl Watch {
         let scale = layout.pages() as f64 / pages.iter().sum::<f64>().max(1.0);
         Ok(Self {
             resent: Resent::new(compression, delta_cache_bytes)?,
+            touched: Vec::new(),
             visited: vec![None; sample.len()],
+            clock: GuestClock::default(),
+            round_began: now,
             sample,
             scale,
             ages: Ages::new(pages.iter().map(|pages| pages * scale).collect()),
@@ -89,7 +103,11 @@ impl Watch {
     ) -> Result<Seen, MachineError> {
         let layout = pages.view.layout();
         let began = now();
-        self.note_visited(pages, began);
+        if self.touched.is_empty() {
+            let touched = |index: &usize| f64::from(count(&pages.touched.of(&layout.stripe(*index))));
+            self.touched = self.sample.iter().map(touched).collect();
+        }
+        self.note_visited(pages, now());
         for (region, words) in self.words.iter_mut().enumerate() {
             log.harvest(region, words)?;
         }
@@ -104,7 +122,12 @@ impl Watch {
             bits.iter_mut().zip(logged).zip(stripe.all()).for_each(|((word, logged), all)| *word = logged & all);
             bits
         };
-        let dirty_pages = self.count(layout, looked, bits);
+        if self.clock.is_held() {
+            // A guest that is held finds nearly every page clean, and each first write to one takes a fault: it is slower, in its own
+            // time too, than it was while it wrote to pages that were dirty already.
+            self.ages.fade();
+        }
+        let dirty_pages = self.count(layout, looked, self.clock.at(self.looked), bits);
         if let Some(resent) = &mut self.resent {
             let visited: Vec<usize> = self
                 .sample
@@ -113,13 +136,30 @@ impl Watch {
                 .filter(|(_, visited)| visited.is_some())
                 .map(|(index, _)| *index)
                 .collect();
-            resent.look(&pages.view, looked, &visited, &bits);
+            resent.look(&pages.view, self.clock.at(looked), &visited, &bits);
         }
         self.words = words;
         self.words.iter_mut().for_each(|words| words.fill(0));
         self.looked = looked;
         self.due = looked + INTERVAL.max((looked - began) * APART);
-        Ok(Seen { zones: Some(self.ages.zones()), dirty_pages, again_wire_bytes: self.again_wire_bytes() })
+        Ok(Seen {
+            zones: Some(self.ages.zones()),
+            dirty_pages,
+            unsent_pages: self.unsent_pages(layout),
+            ran: self.ran(looked),
+            again_wire_bytes: self.again_wire_bytes(),
+        })
+    }
+
+    /// A round begins. Another one than the first ends what is learned of U(t): pages are pending that had been visited.
+    pub fn round_begins(&mut self, now: Duration) {
+        self.over = true;
+        self.round_began = self.clock.at(now);
+    }
+
+    /// From now on the guest is left this share of its time.
+    pub fn held(&mut self, now: Duration, share: f64) {
+        self.clock.hold(now, share);
     }
 
     /// A round has ended and what is dirty has been collected. The first time this is the last look.
@@ -128,7 +168,7 @@ impl Watch {
         let zones = (!self.over).then(|| {
             // All that is pending now was not visited again: this was the last moment to tell.
             self.interpolate(now, |_| true);
-            self.count(layout, now, |index| pages.pending.get(index));
+            self.count(layout, now, Duration::MAX, |index| pages.pending.get(index));
             self.ages.zones()
         });
         self.over = true;
@@ -136,16 +176,32 @@ impl Watch {
         for index in pages.pending.stripes() {
             dirty_pages[sampling::zone_of(index, layout.stripes())] += f64::from(count(&pages.pending.get(index)));
         }
-        Seen { zones, dirty_pages, again_wire_bytes: self.again_wire_bytes() }
+        Seen {
+            zones,
+            dirty_pages,
+            unsent_pages: Vec::new(),
+            ran: self.ran(now),
+            again_wire_bytes: self.again_wire_bytes(),
+        }
+    }
+
+    fn ran(&self, now: Duration) -> Duration {
+        self.clock.at(now).saturating_sub(self.round_began)
+    }
+
+    /// What the first pass has still to send of each zone.
+    fn unsent_pages(&self, layout: &Layout) -> Vec<f64> {
+        let mut pages = vec![0.0; ZONES];
+        for ((&index, visited), touched) in self.sample.iter().zip(&self.visited).zip(&self.touched) {
+            if visited.is_none() {
+                pages[sampling::zone_of(index, layout.stripes())] += touched * self.scale;
+            }
+        }
+        pages
     }
 
     fn again_wire_bytes(&self) -> Option<f64> {
         self.resent.as_ref()?.wire_bytes()
-    }
-
-    /// The guest does not write as it did, or pages are pending again that had been visited: what has been counted stays.
-    pub fn give_up(&mut self) {
-        self.over = true;
     }
 
     fn note_visited(&mut self, pages: &SourcePages, now: Duration) {
@@ -157,20 +213,32 @@ impl Watch {
         let new: Vec<usize> = (0..self.sample.len())
             .filter(|&place| self.visited[place].is_none() && is_visited(self.sample[place]))
             .collect();
-        let since = now.saturating_sub(self.looked).as_secs_f64();
+        // A share changes after a look, if at all.
+        let (looked, now) = (self.clock.at(self.looked), self.clock.at(now));
+        let since = now.saturating_sub(looked).as_secs_f64();
         for (rank, place) in new.iter().enumerate() {
             let share = (rank as f64 + 0.5) / new.len() as f64;
-            self.visited[*place] = Some(self.looked + Duration::from_secs_f64(since * share));
+            self.visited[*place] = Some(looked + Duration::from_secs_f64(since * share));
         }
     }
 
-    /// Takes in what is dirty in each stripe that has been visited; how much that is by zone.
-    fn count(&mut self, layout: &Layout, now: Duration, dirty: impl Fn(usize) -> StripeBits) -> Vec<f64> {
+    /// Takes in what is dirty in each stripe that has been visited; how much that is by zone. A stripe visited after `known` is too young for
+    /// its age to be told well enough, and says nothing of U: guests that are held live in just those short windows.
+    fn count(
+        &mut self,
+        layout: &Layout,
+        now: Duration,
+        known: Duration,
+        dirty: impl Fn(usize) -> StripeBits,
+    ) -> Vec<f64> {
+        let now = self.clock.at(now);
         let mut pages = vec![0.0; ZONES];
         for (&index, visited) in self.sample.iter().zip(&self.visited) {
             let Some(visited) = visited else { continue };
             let (zone, dirty) = (sampling::zone_of(index, layout.stripes()), u64::from(count(&dirty(index))));
-            self.ages.count(zone, now.saturating_sub(*visited), layout.stripe(index).pages as u64, dirty);
+            if *visited <= known {
+                self.ages.count(zone, now.saturating_sub(*visited), layout.stripe(index).pages as u64, dirty);
+            }
             pages[zone] += dirty as f64 * self.scale;
         }
         pages

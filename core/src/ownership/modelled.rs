@@ -112,7 +112,7 @@ impl ModelledStore {
             since: None,
             running: marked(Marker::Running),
             free: marked(Marker::Free),
-            complete: true,
+            complete: !claim.incomplete || marked(Marker::Complete),
         })
     }
 }

@@ -16,6 +16,8 @@ use crate::fit::Outlook;
 
 /// A round that leaves no more than this of what was dirty before has got somewhere.
 const SHRUNK: f64 = 0.95;
+/// A throttle begins as soon as this in the first pass, if a clear prediction has stood for half of it.
+pub const THROTTLED_AFTER: Duration = Duration::from_secs(1);
 /// A clear prediction is not to be let stand for longer than this without something being done.
 const LATEST: Duration = Duration::from_secs(8);
 
@@ -57,10 +59,15 @@ impl Stall {
         self.check(now)
     }
 
+    /// A prediction has been clear for so long. Some: why the limits are not met.
+    pub fn clear_for(&self, now: Duration, time: Duration) -> Option<&str> {
+        let doubt = self.doubt.as_ref()?;
+        (now >= doubt.clear_since? + time).then_some(&doubt.why)
+    }
+
     /// Time has passed. Some: the move has stalled, why.
     pub fn check(&self, now: Duration) -> Option<String> {
-        let doubt = self.doubt.as_ref()?;
-        (now >= doubt.clear_since? + LATEST).then(|| doubt.why.clone())
+        self.clear_for(now, LATEST).map(str::to_owned)
     }
 
     /// When a doubt becomes a certainty, if nothing else happens.
@@ -96,7 +103,6 @@ mod tests {
             hopeless,
             late: false,
             why: (!converges).then(|| "too fast".into()),
-            total: S,
             after_next_round: S,
             shortest_pause: S,
         }

@@ -13,6 +13,7 @@
 //!
 //! What is here is pure: driven by threads in `source` and `destination`.
 
+mod known;
 mod latency;
 mod missing;
 mod order;
@@ -22,6 +23,7 @@ mod wanted;
 #[cfg(test)]
 mod tests;
 
+pub use self::known::Known;
 pub use self::latency::Latencies;
 pub use self::missing::{BadMissing, Missing, missing_parts};
 pub use self::order::PushOrder;

@@ -46,6 +46,9 @@ pub enum BadRecord {
     /// The stream is out of step, or not of this protocol.
     #[error("this is no page's header (it begins with {0:02x?})")]
     Magic([u8; 4]),
+    /// It says that no page follows, and names one.
+    #[error("the end of a channel for pages names a page")]
+    End,
     /// Of a kind that this version does not know.
     #[error("a page of unknown kind {0}")]
     Kind(u16),
@@ -83,7 +86,12 @@ impl Record {
             3 => RecordKind::End,
             kind => return Err(BadRecord::Kind(kind)),
         };
-        Ok(Self { kind, frame: u64::from_le_bytes(number(8)), entry: u64::from_le_bytes(number(16)) })
+        let record = Self { kind, frame: u64::from_le_bytes(number(8)), entry: u64::from_le_bytes(number(16)) };
+        match record.kind {
+            // A page whose header has changed on the way must not end the channel: nobody would miss what comes after it.
+            RecordKind::End if record != Self::END => Err(BadRecord::End),
+            _ => Ok(record),
+        }
     }
 
     /// Bytes that follow the header.
@@ -104,8 +112,20 @@ mod tests {
         #[test]
         fn headers_are_read_back(kind in 0..3, frame in any::<u64>(), entry in any::<u64>()) {
             let kind = [RecordKind::Contents, RecordKind::Zero, RecordKind::End][kind as usize];
-            let record = Record { kind, frame, entry };
+            let record = match kind {
+                RecordKind::End => Record::END,
+                kind => Record { kind, frame, entry },
+            };
             prop_assert_eq!(Record::decode(&record.encode()), Ok(record));
+        }
+
+        /// Bits change on the way now and then, and are found by the hash: unless they make of a page something that has none.
+        #[test]
+        fn no_page_becomes_the_end_of_its_channel(contents in any::<bool>(), frame in any::<u64>(), entry in 1u64.., bit in 0usize..8 * RECORD_BYTES) {
+            let kind = if contents { RecordKind::Contents } else { RecordKind::Zero };
+            let mut bytes = Record { kind, frame, entry }.encode();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert_ne!(Record::decode(&bytes).map(|record| record.kind), Ok(RecordKind::End));
         }
 
         #[test]

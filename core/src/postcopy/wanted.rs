@@ -9,6 +9,7 @@ use super::latency::Latencies;
 use super::missing::{Missing, missing_parts};
 use crate::bitmap::PageBits;
 use crate::layout::{Layout, StripeBits};
+use crate::plants::{Plant, planted};
 use crate::sync::lock;
 
 /// The pages that are missing. Shared by the threads that hear of faults and those that put pages in place.
@@ -70,7 +71,12 @@ impl Wanted {
             return Answer::Zeros;
         }
         match waiting.since.insert(slot, now) {
-            None => Answer::Ask,
+            None => {
+                if planted(Plant::ForgetMissingPage) && self.bits.unset(slot) {
+                    self.left.fetch_sub(1, Ordering::AcqRel);
+                }
+                Answer::Ask
+            }
             Some(since) => {
                 waiting.since.insert(slot, since);
                 Answer::Wait
@@ -97,7 +103,10 @@ impl Wanted {
 
     /// Pages that were asked for and have not come: asked for again over new links.
     pub fn unanswered(&self) -> Vec<usize> {
-        self.waiting().since.keys().copied().collect()
+        match planted(Plant::ForgetWanted) {
+            true => Vec::new(),
+            false => self.waiting().since.keys().copied().collect(),
+        }
     }
 
     /// Since when the page has been waited for that has been for the longest.

@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::rounds::{Path, PredictedRound, Prediction, Standing, Workload, predict, predict_from, shortest_pause};
-use crate::policy::{Decision, Limits};
+use super::rounds::{
+    Path, PredictedRound, Prediction, Standing, Workload, predict, predict_from, shortest_pause, standing_after,
+};
+use crate::memory::PAGE_SIZE;
+use crate::policy::{Decision, Limits, THROTTLED_AFTER};
 
 /// A guest that may write a tenth faster, or must write a tenth slower, is called a border case.
 const BORDER: f64 = 0.1;
@@ -34,6 +37,8 @@ pub struct Forecast {
     pub border: bool,
     /// How many times as fast the guest could write and the move still converge. Absent: however fast. 0: it cannot, however slowly.
     pub margin: Option<f64>,
+    /// What a throttle would leave the guest for it to converge. Absent: it needs none, or none is strong enough.
+    pub throttle: Option<Throttle>,
     /// Why it does not converge, if it does not: the policy's own words.
     pub why: Option<String>,
     /// Until the guest runs at the destination, or the move is given up.
@@ -46,6 +51,18 @@ pub struct Forecast {
     pub rounds: Vec<PredictedRound>,
     /// The shortest pause within reach.
     pub shortest_pause_ms: f64,
+}
+
+/// The highest write rate at which downtime limit and time budget are met, with the reserve that a throttle keeps. It holds from when the throttle
+/// begins in the first pass; until then the guest writes as fast as it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Throttle {
+    /// Of what it writes by itself.
+    pub share: f64,
+    /// Page writes, those to pages that are dirty already included.
+    pub pages_per_s: f64,
+    /// The same in bytes of whole pages.
+    pub bytes_per_s: f64,
 }
 
 /// Forecasts for one bandwidth.
@@ -95,6 +112,7 @@ impl Forecast {
             converges: likely.converges(),
             border: margin.is_some_and(|speed| (speed - 1.0).abs() <= BORDER),
             margin,
+            throttle: Throttle::new(workload, path, limits).filter(|_| !likely.converges()),
             why: likely.why().map(str::to_owned),
             total_s: band(&|prediction| prediction.total.as_secs_f64()),
             pause_ms: band(&|prediction| prediction.pause.as_secs_f64() * 1e3),
@@ -103,6 +121,27 @@ impl Forecast {
             rounds: likely.rounds,
         }
     }
+}
+
+impl Throttle {
+    /// Of a move that has not begun. `None`: no throttle is strong enough.
+    fn new(workload: &Workload, path: &Path, limits: &Limits) -> Option<Self> {
+        let standing = standing_after(THROTTLED_AFTER, workload, path);
+        let share = throttled_share(&standing, workload, path, limits);
+        let pages_per_s = share * workload.pages_per_s();
+        (share > 0.0).then_some(Self { share, pages_per_s, bytes_per_s: pages_per_s * PAGE_SIZE as f64 })
+    }
+}
+
+/// The highest share of its speed at which a guest meets the limits from where a move stands, with something in reserve if there is any such share. 0: there is
+/// none at all.
+pub fn throttled_share(standing: &Standing, workload: &Workload, path: &Path, limits: &Limits) -> f64 {
+    let highest = |limits: &Limits| {
+        highest_that(|speed| predict_from(standing, &workload.at_speed(speed), path, limits).converges())
+    };
+    // However fast it writes: that needs no throttle.
+    let share = |limits: Limits| highest(&limits).unwrap_or(1.0).min(1.0);
+    limits.aims().into_iter().map(share).find(|share| *share > 0.0).unwrap_or(0.0)
 }
 
 impl Prediction {
@@ -124,11 +163,6 @@ impl Prediction {
 /// cannot be met even by a guest that hardly writes.
 pub fn highest_speed(workload: &Workload, path: &Path, limits: &Limits) -> Option<f64> {
     highest_that(|speed| predict(&workload.at_speed(speed), path, limits).converges())
-}
-
-/// The same, for a move that is under way.
-pub fn highest_speed_from(standing: &Standing, workload: &Workload, path: &Path, limits: &Limits) -> Option<f64> {
-    highest_that(|speed| predict_from(standing, &workload.at_speed(speed), path, limits).converges())
 }
 
 fn highest_that(is_met: impl Fn(f64) -> bool) -> Option<f64> {

@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::contents::Contents;
+use super::contents::{Contents, PageCost};
 use super::curve::Dirtying;
-use crate::policy::{Decision, Limits, RoundEnd};
+use crate::policy::{Decision, Limits, MOST_FREE_ROUNDS, NextRound, RoundEnd};
 use crate::source::control::TELLING_ROUND_BYTES;
 
 /// Slices of memory: enough that the age within one hardly differs.
@@ -93,18 +93,21 @@ pub struct PredictedRound {
     pub pause_seconds: f64,
 }
 
-/// A move that is under way, between two rounds.
+/// A move that is under way, between two rounds or in the middle of the first pass.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Standing {
-    /// The round that has ended; 0 is the first pass.
+    /// The round that has ended; 0 is the first pass, also while it is under way.
     pub round: u32,
     /// Since the move began.
     pub elapsed: Duration,
-    /// Pages dirty now, in each zone of the workload.
+    /// Pages dirty now, in each zone of the workload: of those that have been sent.
     pub dirty_pages: Vec<f64>,
+    /// Pages of each zone that the first pass has still to send. Empty: it is over.
+    pub unsent_pages: Vec<f64>,
 }
 
 /// Memory in slices, each of which is visited at once.
+#[derive(Clone)]
 struct Slices<'w> {
     slices: Vec<Slice<'w>>,
     /// Of a zone.
@@ -112,10 +115,13 @@ struct Slices<'w> {
     zones: usize,
 }
 
+#[derive(Clone)]
 struct Slice<'w> {
     zone: usize,
     dirtying: &'w Dirtying,
     touched_pages: f64,
+    /// The share of them that the first pass has still to send.
+    unsent: f64,
     dirty_pages: f64,
 }
 
@@ -176,11 +182,31 @@ pub fn predict_from(standing: &Standing, workload: &Workload, path: &Path, limit
     })
 }
 
+/// Where a move stands when its first pass has gone on for so long, or when that is over.
+pub fn standing_after(first_pass: Duration, workload: &Workload, path: &Path) -> Standing {
+    let mut slices = Slices::new(workload, None, None);
+    let pages = slices.to_send(true);
+    let seconds = path.round_seconds(workload.contents.first.at(path.bandwidth_bytes_per_s), pages);
+    let head = seconds.min(first_pass.as_secs_f64());
+    slices.send(if head < seconds { pages * head / seconds } else { pages }, head);
+    Standing {
+        round: 0,
+        elapsed: path.setup + Duration::from_secs_f64(head),
+        dirty_pages: slices.by_zone(|slice| slice.dirty_pages),
+        unsent_pages: if head < seconds { slices.by_zone(|slice| slice.to_send(true)) } else { Vec::new() },
+    }
+}
+
 /// Pages dirty in each zone at the end of a round of so many seconds that began with `dirty_pages`.
 pub fn dirty_after_round(workload: &Workload, dirty_pages: &[f64], seconds: f64) -> Vec<f64> {
-    let mut slices = Slices::new(workload, Some(dirty_pages));
-    slices.visit(false, seconds, 0.0);
-    slices.by_zone()
+    let mut slices = Slices::new(workload, Some(dirty_pages), Some(&[]));
+    slices.visit(seconds, 0.0);
+    slices.by_zone(|slice| slice.dirty_pages)
+}
+
+/// What a round after this one comes to, over pages that cost so much.
+pub fn next_round(workload: &Workload, dirty_pages: &[f64], cost: PageCost, path: &Path) -> NextRound {
+    Slices::new(workload, Some(dirty_pages), Some(&[])).next_round(cost, path)
 }
 
 /// Sees rounds that change nothing any more.
@@ -218,18 +244,30 @@ pub fn shortest_pause(workload: &Workload, path: &Path, max_rounds: u32) -> Dura
 }
 
 impl<'w> Slices<'w> {
-    /// Clean, or with so many dirty pages in each zone.
-    fn new(workload: &'w Workload, dirty_pages: Option<&[f64]>) -> Self {
+    /// With so many dirty pages in each zone, and so many that the first pass has still to send: `None`: none are dirty, all are to be sent.
+    fn new(workload: &'w Workload, dirty_pages: Option<&[f64]>, unsent_pages: Option<&[f64]>) -> Self {
         let zones = workload.zones.len();
         let per_zone = (SLICES / zones.max(1)).max(1);
         let share = 1.0 / per_zone as f64;
-        let dirty_in = |zone: usize| dirty_pages.and_then(|all| all.get(zone)).map_or(0.0, |pages| pages * share);
+        let in_zone = |pages: Option<&[f64]>, zone: usize| pages.and_then(|all| all.get(zone)).copied();
         let slices = workload.zones.iter().enumerate().flat_map(|(index, zone)| {
-            (0..per_zone).map(move |_| Slice {
-                zone: index,
-                dirtying: &zone.dirtying,
-                touched_pages: zone.touched_pages * share,
-                dirty_pages: dirty_in(index),
+            let dirty = in_zone(dirty_pages, index).unwrap_or(0.0);
+            let unsent = match unsent_pages {
+                None => 1.0,
+                Some(_) if zone.touched_pages <= 0.0 => 0.0,
+                Some(all) => (in_zone(Some(all), index).unwrap_or(0.0) / zone.touched_pages).clamp(0.0, 1.0),
+            };
+            (0..per_zone).map(move |slice| {
+                // A zone is sent from front to back.
+                let unsent_here = (unsent * per_zone as f64 - (per_zone - 1 - slice) as f64).clamp(0.0, 1.0);
+                let sent = if unsent < 1.0 { (1.0 - unsent_here) / (1.0 - unsent) } else { 0.0 };
+                Slice {
+                    zone: index,
+                    dirtying: &zone.dirtying,
+                    touched_pages: zone.touched_pages * share,
+                    unsent: unsent_here,
+                    dirty_pages: dirty * share * sent,
+                }
             })
         });
         Self { slices: slices.collect(), share, zones }
@@ -240,19 +278,43 @@ impl<'w> Slices<'w> {
         self.slices.iter().map(|slice| slice.to_send(first_pass)).sum()
     }
 
+    /// So much of the first pass, in so many seconds. Before it every page is dirty, so what counts is what becomes of those that it has sent.
+    fn send(&mut self, pages: f64, seconds: f64) {
+        let Self { slices, share, .. } = self;
+        let (mut left, mut visited) = (pages, 0.0);
+        for slice in slices {
+            let to_send = slice.to_send(true);
+            let sent = to_send.min(left);
+            let taking = if pages > 0.0 { seconds * sent / pages } else { 0.0 };
+            let since_clear = seconds - (visited + taking / 2.0);
+            (left, visited) = (left - sent, visited + taking);
+            let newly = if to_send > 0.0 { slice.unsent * sent / to_send } else { slice.unsent };
+            let before = *share * (1.0 - slice.unsent);
+            let grown = match before > 0.0 {
+                true => {
+                    let age = slice.dirtying.window(slice.dirty_pages / before);
+                    // Where no age explains it, nothing is left to become dirty.
+                    if age.is_finite() { before * slice.dirtying.pages(age + seconds) } else { slice.dirty_pages }
+                }
+                false => 0.0,
+            };
+            slice.dirty_pages = grown + *share * newly * slice.dirtying.pages(since_clear);
+            slice.unsent -= newly;
+        }
+    }
+
     /// A round of so many seconds, which began `waited` seconds after the last harvest.
-    fn visit(&mut self, first_pass: bool, seconds: f64, waited: f64) {
-        let pages = self.to_send(first_pass);
+    fn visit(&mut self, seconds: f64, waited: f64) {
+        let pages = self.to_send(false);
         let Self { slices, share, zones } = self;
         let mut visited = waited;
         for slice in slices {
-            let part = if pages > 0.0 { slice.to_send(first_pass) / pages } else { *share / *zones as f64 };
+            let part = if pages > 0.0 { slice.dirty_pages / pages } else { *share / *zones as f64 };
             let taking = seconds * part;
             let since_harvest = visited + taking / 2.0;
             let since_clear = waited + seconds - since_harvest;
             visited += taking;
-            // Before the first pass every page is dirty.
-            let age = if first_pass { f64::INFINITY } else { slice.dirtying.window(slice.dirty_pages / *share) };
+            let age = slice.dirtying.window(slice.dirty_pages / *share);
             let grown = match age.is_finite() {
                 true => {
                     slice.dirtying.pages(age + since_harvest + since_clear) - slice.dirtying.pages(age + since_clear)
@@ -263,20 +325,37 @@ impl<'w> Slices<'w> {
         }
     }
 
+    /// A round that is not made.
+    fn next_round(&self, cost: PageCost, path: &Path) -> NextRound {
+        let mut then = self.clone();
+        let seconds = path.round_seconds(cost, self.dirty_pages());
+        then.visit(seconds, 0.0);
+        NextRound {
+            duration: Duration::from_secs_f64(seconds.min(1e9)),
+            dirty_pages: then.dirty_pages().round() as u64,
+        }
+    }
+
     fn dirty_pages(&self) -> f64 {
         self.slices.iter().map(|slice| slice.dirty_pages).sum()
     }
 
-    fn by_zone(&self) -> Vec<f64> {
-        let mut pages = vec![0.0; self.zones];
-        self.slices.iter().for_each(|slice| pages[slice.zone] += slice.dirty_pages);
-        pages
+    fn by_zone(&self, pages: impl Fn(&Slice) -> f64) -> Vec<f64> {
+        let mut sums = vec![0.0; self.zones];
+        self.slices.iter().for_each(|slice| sums[slice.zone] += pages(slice));
+        sums
     }
 }
 
 impl Slice<'_> {
     fn to_send(&self, first_pass: bool) -> f64 {
-        if first_pass { self.touched_pages } else { self.dirty_pages }
+        if first_pass { self.touched_pages * self.unsent } else { self.dirty_pages }
+    }
+}
+
+impl Path {
+    fn round_seconds(&self, cost: PageCost, pages: f64) -> f64 {
+        cost.seconds(pages, self.bandwidth_bytes_per_s) + self.round_overhead.as_secs_f64()
     }
 }
 
@@ -290,29 +369,37 @@ fn play(
     let contents = &workload.contents;
     let [first, again] = [contents.first, contents.again].map(|cost| cost.at(path.bandwidth_bytes_per_s));
     let in_pause = contents.in_pause_at(path.bandwidth_bytes_per_s, path.switchover_bytes_per_s);
-    let mut slices = Slices::new(workload, standing.map(|standing| &standing.dirty_pages[..]));
+    let mut slices = Slices::new(
+        workload,
+        standing.map(|standing| &standing.dirty_pages[..]),
+        standing.map(|standing| &standing.unsent_pages[..]),
+    );
     let mut rounds: Vec<PredictedRound> = Vec::new();
-    let before = standing.map_or(0, |standing| standing.round + 1);
+    let mut first_pass = standing.is_none_or(|standing| !standing.unsent_pages.is_empty());
+    let before = standing.filter(|_| !first_pass).map_or(0, |standing| standing.round + 1);
     let mut elapsed = standing.map_or(path.setup, |standing| standing.elapsed).as_secs_f64();
     let mut wire_bytes_per_page = again.wire_bytes;
     // Waited for the destination to catch up, since the last round ended.
     let mut waited = 0.0;
+    let mut free_rounds = 0;
     loop {
-        let first_pass = standing.is_none() && rounds.is_empty();
         let cost = if first_pass { first } else { again };
         let pages = slices.to_send(first_pass);
-        let seconds = cost.seconds(pages, path.bandwidth_bytes_per_s) + path.round_overhead.as_secs_f64();
+        let seconds = path.round_seconds(cost, pages);
         let wire_bytes = pages * cost.wire_bytes;
         elapsed += seconds;
-        slices.visit(first_pass, seconds, waited);
-        waited = 0.0;
+        match first_pass {
+            true => slices.send(pages, seconds),
+            false => slices.visit(seconds, waited),
+        }
+        (first_pass, waited) = (false, 0.0);
 
         if wire_bytes >= TELLING_ROUND_BYTES as f64 {
             wire_bytes_per_page = cost.wire_bytes;
         }
         let dirty_pages = slices.dirty_pages();
         let queued_bytes = path.queued_bytes.min(wire_bytes);
-        let end = RoundEnd {
+        let mut end = RoundEnd {
             round: before + rounds.len() as u32,
             elapsed: Duration::from_secs_f64(elapsed.min(1e9)),
             dirty_pages: dirty_pages.round() as u64,
@@ -322,13 +409,20 @@ fn play(
             // A destination is taken to keep pace with the link.
             applying: Duration::ZERO,
             fixed: path.fixed,
+            next: None,
         };
         let pause_seconds = (path.fixed.as_secs_f64()
             + in_pause.seconds(dirty_pages, path.switchover_bytes_per_s)
             + queued_bytes / path.switchover_bytes_per_s.max(1.0))
         .min(1e9);
         rounds.push(PredictedRound { pages, wire_bytes, seconds, dirty_pages, pause_seconds });
-        let decision = match decide(&end) {
+        let mut decided = decide(&end);
+        if decided == Decision::Stop && free_rounds < MOST_FREE_ROUNDS {
+            end.next = Some(slices.next_round(again, path));
+            decided = decide(&end);
+            free_rounds += u32::from(decided == Decision::Continue);
+        }
+        let decision = match decided {
             Decision::AwaitQueue => {
                 waited = queued_bytes / path.bandwidth_bytes_per_s.max(1.0);
                 elapsed += waited;

@@ -28,6 +28,7 @@ mod reconnecting;
 mod rounds;
 mod setup;
 mod stalling;
+mod throttling;
 mod vocabulary;
 
 use std::collections::VecDeque;
@@ -329,6 +330,7 @@ impl SourceControl {
             Input::Done(Done::Settled(settlement)) => return self.settled(settlement),
             // Late, and true: whoever asks the claims hears of it, too.
             Input::Message(Message::Running(_)) if self.settling.is_some() => return self.note_running(),
+            Input::Abandon if self.settling.is_some() && self.is_following() => return self.abandon(),
             _ if self.settling.is_some() => return,
             input if self.reconnecting.is_some() => self.reconnect(input),
             // Whoever says no before anything was asked of it, refuses.

@@ -7,6 +7,7 @@
 mod links;
 mod machine;
 mod pages;
+mod rounds;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
@@ -15,8 +16,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use self::links::Opened;
 use self::machine::{Inquiring, Jobs};
 use self::pages::Pages;
+use self::rounds::Round;
 use super::applying::Applying;
-use super::control::{Action, Beginning, Done, Input, RoundSent, SourceControl};
+use super::control::{Action, Beginning, Done, Input, SourceControl};
 use super::data::Data;
 use super::sending::{Order, SendingChannel};
 use super::settler::Settler;
@@ -31,6 +33,7 @@ use crate::link::LinkEnd;
 use crate::machine::SourceMachine;
 use crate::message::{Applied, Message};
 use crate::ownership::Holding;
+use crate::priority::drop_later;
 use crate::progress::{Event as Told, Observer};
 
 /// How often silence and deadlines are looked at.
@@ -132,13 +135,6 @@ struct Probe {
     began: Instant,
 }
 
-struct Round {
-    began: Instant,
-    pages: u64,
-    wire_bytes: u64,
-    capped: bool,
-}
-
 impl Driver {
     /// A coordinator for a move that begins now.
     pub fn new(
@@ -194,11 +190,13 @@ impl Driver {
                 .as_ref()
                 .and_then(|watch| watch.due())
                 .map_or(wait, |due| wait.min(due.saturating_sub(self.now())));
+            let wait = self.round.as_ref().and_then(Round::patience).map_or(wait, |patience| wait.min(patience));
             match self.events.recv_timeout(wait) {
                 Ok(event) => self.take_in(event),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => self.input(Input::Tick),
             }
             self.look();
+            self.end_round();
             self.listen_for_silence();
             self.handle.note(&self.control);
         }
@@ -274,6 +272,7 @@ impl Driver {
         if self.queue_awaited {
             self.queue_awaited = !self.queue_empty();
         }
+        self.end_round();
         if channel == 0
             && let Some(Probe { bytes, began }) = self.probe.take()
         {
@@ -336,18 +335,15 @@ impl Driver {
             }
             Action::Round { first } => {
                 self.settler.get_or_insert_with(|| Settler::start(Arc::clone(&self.machine)));
+                self.round = Some(Round::begin(&self.handle.flow));
                 let flow = &self.handle.flow;
-                let capped = flow.bytes_per_s().is_some();
-                let (pages, wire_bytes) = (flow.pages().visited(), flow.wire_bytes());
-                self.round = Some(Round { began: Instant::now(), pages, wire_bytes, capped });
                 let layout = self.data.as_ref().map(|data| data.shared.pages.view.layout());
                 match (&mut self.watch, layout) {
                     (None, Some(layout)) => match Watch::new(layout, flow.now(), self.control.encodings()) {
                         Ok(watch) => self.watch = Some(watch),
                         Err(error) => self.input(Input::Failed(error.to_string())),
                     },
-                    // The links broke in the middle of the first pass.
-                    (Some(watch), _) => watch.give_up(),
+                    (Some(watch), _) => watch.round_begins(flow.now()),
                     (None, None) => {}
                 }
                 self.order(Order::Round { first }, usize::MAX);
@@ -413,68 +409,21 @@ impl Driver {
         match tallied {
             None => {}
             Some(Tallied::Ended { sum }) => self.input(Input::Done(Done::FinalSent { sum })),
-            Some(Tallied::Round { pages, again }) => self.end_round(pages, again),
+            Some(Tallied::Round { pages, again }) => self.round_written(pages, again),
         }
-    }
-
-    fn end_round(&mut self, pages: u64, again: u64) {
-        let Some(data) = &self.data else { return };
-        let Some(Round { began, wire_bytes, capped, .. }) = self.round.take() else { return };
-        let flow = &self.handle.flow;
-        let mut sent = RoundSent {
-            duration: began.elapsed(),
-            pages,
-            again,
-            wire_bytes: flow.wire_bytes() - wire_bytes,
-            capped: capped || flow.bytes_per_s().is_some(),
-            ..RoundSent::default()
-        };
-        let harvesting = Instant::now();
-        if let Err(error) = jobs::harvest(&*self.machine, &data.shared.pages, &data.harvester) {
-            return self.input(Input::Failed(error.to_string()));
-        }
-        sent.harvest = harvesting.elapsed();
-        sent.dirty_pages = data.shared.pages.pending.count();
-        sent.queued_bytes = data.queued_bytes();
-        sent.applying = self.applying.time_for(data.queued_pages());
-        sent.seen =
-            self.watch.as_mut().map(|watch| watch.round_ended(&data.shared.pages, flow.now())).unwrap_or_default();
-        self.handle.round_ended(&sent);
-        self.input(Input::Done(Done::RoundSent(sent)));
-    }
-
-    /// Looks at what the guest has dirtied so far in the first pass, if that is due.
-    fn look(&mut self) {
-        let (Some(watch), Some(data), Some(round)) = (&mut self.watch, &self.data, &self.round) else { return };
-        let flow = &self.handle.flow;
-        if watch.due().is_none_or(|due| flow.now() < due) {
-            return;
-        }
-        let input = match watch.look(&data.shared.pages, self.machine.dirty_log(), &|| flow.now()) {
-            Ok(seen) => Input::Looked(RoundSent {
-                duration: round.began.elapsed(),
-                pages: flow.pages().visited() - round.pages,
-                wire_bytes: flow.wire_bytes() - round.wire_bytes,
-                dirty_pages: seen.dirty_pages.iter().sum::<f64>() as u64,
-                queued_bytes: data.queued_bytes(),
-                capped: round.capped,
-                seen,
-                ..RoundSent::default()
-            }),
-            Err(error) => Input::Failed(error.to_string()),
-        };
-        self.input(input);
     }
 
     fn end(mut self, mut outcome: SourceOutcome) {
         self.hang_up();
-        let workers = self.data.as_mut().map(Data::dismiss).unwrap_or_default();
-        workers.into_iter().for_each(|worker| drop(worker.join()));
+        let mut data = self.data.take();
+        let workers = data.as_mut().map(Data::dismiss).unwrap_or_default();
+        let channels: Vec<_> = workers.into_iter().map(|worker| worker.join()).collect();
         self.pages.dismiss().into_iter().for_each(|thread| drop(thread.join()));
-        if let SourceOutcome::Moved(_) | SourceOutcome::Unknown(..) = outcome
+        // A machine that has moved never runs here again: its log ends with it.
+        if let SourceOutcome::Unknown(..) = outcome
             && let Err(error) = self.machine.dirty_log().stop()
         {
-            tracing::warn!("cannot stop the dirty log of the machine that has moved: {error}");
+            tracing::warn!("cannot stop the dirty log of the machine that may have moved: {error}");
         }
         let is_done = matches!(&outcome, SourceOutcome::Moved(report) if report.postcopy.is_none());
         if !is_done {
@@ -485,5 +434,6 @@ impl Driver {
         let flow = &self.handle.flow;
         SourceControl::complete(&mut outcome, self.handle.wire_bytes(), flow.pages(), flow.postcopy());
         self.handle.ended(outcome);
+        drop_later((data, channels));
     }
 }

@@ -100,6 +100,16 @@ pub fn let_go(machine: &dyn SourceMachine) -> Result<Done, MachineError> {
     Ok(Done::LetGo)
 }
 
+/// The move has come to nothing: the guest is as it was, and at its full speed. Its dirty log is left to be stopped.
+pub fn restore(machine: &dyn SourceMachine, ownership: Option<&Holding>, resume: bool) -> Result<(), MachineError> {
+    // The guest first: it has waited long enough.
+    let resumed = take_back(machine, ownership, resume);
+    if !planted(Plant::KeepThrottle) {
+        machine.throttle(1.0);
+    }
+    resumed
+}
+
 /// The handover has come to nothing: takes the machine's memory back, if it was let go of, and lets the guest run on here, if it did and may.
 pub fn take_back(machine: &dyn SourceMachine, ownership: Option<&Holding>, resume: bool) -> Result<(), MachineError> {
     let ours = ownership.is_none_or(Holding::give_up_handover);

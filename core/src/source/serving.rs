@@ -155,7 +155,7 @@ impl Pages {
 }
 
 /// Appends a page as it is sent, and notes that in the table.
-fn encode(pages: &SourcePages, slot: usize, counts: &mut PageCounts, bytes: &mut Vec<u8>) {
+pub fn encode(pages: &SourcePages, slot: usize, counts: &mut PageCounts, bytes: &mut Vec<u8>) {
     let stripe = pages.view.layout().stripe(Layout::stripe_of_slot(slot));
     let offset = slot - stripe.first_slot;
     let frame = stripe.first_frame + offset as u64;

@@ -101,8 +101,8 @@ impl<H: DestinationHost> Driver<'_, H> {
         self.hang_ups.push(Arc::clone(&channel.hang_up));
         let worker = thread::Builder::new().name(format!("data-{index}")).spawn(move || {
             // The writing half stays open until the channel has ended: closing it early could reset the connection.
-            let Channel { reader, writer: _writer, .. } = channel;
-            let input = match worker::run(&pages, &link, index, &mut receiving, reader) {
+            let Channel { mut reader, writer: _writer, .. } = channel;
+            let input = match worker::run(&pages, &link, index, &mut receiving, &mut *reader) {
                 Ok(sum) => Input::ChannelEnded { sum },
                 Err(error @ WorkerError::Io(..)) => Input::ChannelLost(error.to_string()),
                 Err(error @ WorkerError::Decode(..)) => Input::Nonsense(error.to_string()),
@@ -151,7 +151,7 @@ impl<H: DestinationHost> Driver<'_, H> {
             true => self.link.hang_up(),
             false => self.last_word_until = Some(Instant::now() + LAST_WORD_LIMIT),
         }
-        self.hang_ups.drain(..).for_each(|hang_up| hang_up.hang_up());
+        self.hang_up_data();
         self.stop_filling();
         let Some(pages) = self.pages.clone() else { return };
         if !self.workers.is_empty() {
@@ -183,9 +183,14 @@ impl<H: DestinationHost> Driver<'_, H> {
         self.link.hang_up();
     }
 
-    /// The data channels have ended, or are ended here.
-    pub(super) fn join(&mut self) {
+    /// Ends the data channels that have not ended.
+    pub(super) fn hang_up_data(&mut self) {
         self.hang_ups.drain(..).for_each(|hang_up| hang_up.hang_up());
+    }
+
+    /// Nothing is applied any more once this returns.
+    fn join(&mut self) {
+        self.hang_up_data();
         self.workers.drain(..).for_each(|worker| drop(worker.join()));
     }
 }

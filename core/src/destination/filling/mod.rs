@@ -1,5 +1,6 @@
 //! A machine that runs here while pages of its memory are still to come (post-copy), in life.
 
+pub mod arrived;
 pub mod control;
 mod service;
 

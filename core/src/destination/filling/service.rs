@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::super::control::Input;
 use super::super::driver::FromLinks;
 use super::super::receiving::DestinationPages;
+use super::arrived::{BadPage, place_of};
 use crate::channel::{Channel, ChannelReader, ChannelWriter, HangUp};
 use crate::layout::{Layout, STRIPE_PAGES};
 use crate::machine::{FillableMemory, MachineError, PageIndex, Placed};
@@ -59,10 +60,8 @@ enum FillError {
     Io(#[from] io::Error),
     #[error("a channel for pages: {0}")]
     Record(#[from] BadRecord),
-    #[error("a page came for frame {0:#x}, which is no RAM")]
-    NoRam(u64),
-    #[error("the page that came for frame {0:#x} is not what was sent")]
-    Hash(u64),
+    #[error(transparent)]
+    Page(#[from] BadPage),
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
@@ -250,20 +249,16 @@ impl Service {
         let (mut header, mut page) = ([0; RECORD_BYTES], Box::new([0; PAGE_SIZE]));
         loop {
             reader.read_exact(&mut header)?;
-            let Record { kind, frame, entry } = Record::decode(&header)?;
-            let hasher = &self.pages.hasher;
-            let (contents, right) = match kind {
+            let record = Record::decode(&header)?;
+            let contents = match record.kind {
                 RecordKind::End => return Ok(()),
-                RecordKind::Zero => (None, hasher.zero(frame)),
+                RecordKind::Zero => None,
                 RecordKind::Contents => {
                     reader.read_exact(&mut page[..])?;
-                    (Some(&*page), hasher.page(frame, &page))
+                    Some(&*page)
                 }
             };
-            let slot = self.layout().slot_of(frame, 1).ok_or(FillError::NoRam(frame))?;
-            if entry != right {
-                return Err(FillError::Hash(frame));
-            }
+            let slot = place_of(&self.pages, &record, contents)?;
             self.place(slot, contents)?;
         }
     }

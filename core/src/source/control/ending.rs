@@ -82,6 +82,12 @@ impl SourceControl {
         self.act(Action::Settle(patience));
     }
 
+    /// They have not said so the last time.
+    pub(super) fn settle_again(&mut self, why: String) {
+        self.settling = Some(why);
+        self.act(Action::Settle(SETTLE_AT_LEAST));
+    }
+
     pub(super) fn settled(&mut self, settlement: Settlement) {
         let Some(why) = self.settling.take() else { return };
         match settlement {
@@ -91,7 +97,8 @@ impl SourceControl {
                 )));
             }
             // The destination may not say so for a long time, and needs what is here.
-            Settlement::Moved | Settlement::Undecided(_) if self.postcopy.is_some() => self.pages_link_lost(why),
+            Settlement::Moved if self.postcopy.is_some() => self.follow_unheard(why, false),
+            Settlement::Undecided(_) if self.postcopy.is_some() => self.follow_unheard(why, true),
             Settlement::Moved => self.moved(),
             Settlement::Superseded(record) => {
                 self.unknown(format!(

@@ -38,6 +38,8 @@ pub(super) struct PostCopying {
     stage: Stage,
     /// When the guest went on at the destination.
     since: Option<Duration>,
+    /// After *commit* nobody has said yet that the destination has the machine: the claims may still give it back.
+    in_doubt: bool,
 }
 
 enum Stage {
@@ -118,7 +120,8 @@ impl SourceControl {
             return;
         }
         self.act(Action::Say(format!("going over to post-copy: {why}. Warning: {RISK}")));
-        self.postcopy = Some(PostCopying { why, is_last_resort, stage: Stage::LeavingRound, since: None });
+        self.postcopy =
+            Some(PostCopying { why, is_last_resort, stage: Stage::LeavingRound, since: None, in_doubt: false });
         match (&self.reconnecting, self.round_under_way) {
             (Some(_), _) => {}
             (None, true) => self.act(Action::CutRound),
@@ -170,6 +173,31 @@ impl SourceControl {
         }
     }
 
+    /// The destination was lost after *commit*, and the claims have been asked: it has the machine, or that is still `in_doubt`.
+    pub(super) fn follow_unheard(&mut self, why: String, in_doubt: bool) {
+        if let Some(postcopy) = &mut self.postcopy {
+            postcopy.in_doubt = in_doubt;
+        }
+        match self.is_following() {
+            true => self.attempt(),
+            false => self.pages_link_lost(why),
+        }
+    }
+
+    /// Whether nobody has said yet that the destination has the machine.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.postcopy.as_ref().is_some_and(|postcopy| postcopy.in_doubt)
+    }
+
+    /// A person says that the destination is not to be waited for.
+    pub(super) fn abandon(&mut self) {
+        self.settling = None;
+        self.unknown(format!(
+            "a person has said that {} is not to be waited for, where the guest runs without all of its memory: it is lost",
+            self.peer_host
+        ));
+    }
+
     /// The guest runs at the destination.
     pub(super) fn follow(&mut self) {
         self.enter(Phase::PostCopy);
@@ -186,6 +214,7 @@ impl SourceControl {
         let now = self.now;
         if let Some(postcopy) = &mut self.postcopy {
             postcopy.since.get_or_insert(now);
+            postcopy.in_doubt = false;
         }
     }
 

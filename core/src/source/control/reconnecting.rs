@@ -15,6 +15,7 @@ use super::ending::Ending;
 use super::{Action, Done, Input, SourceControl};
 use crate::message::Message;
 use crate::phase::Phase;
+use crate::plants::{Plant, planted};
 use crate::progress::{self, Reconnection};
 use crate::source::sending::BrokenOff;
 
@@ -106,6 +107,9 @@ impl SourceControl {
 
     /// The same while the guest may run at the destination, without all of its memory.
     pub(super) fn pages_link_lost(&mut self, why: String) {
+        if planted(Plant::ResumeInPostCopy) {
+            return self.end(Ending::Failed(why));
+        }
         self.link_up = false;
         self.act(Action::Say(format!(
             "the connection to {} broke: {why}; the guest runs on there until it needs a page that is missing, and the connection is \
@@ -134,10 +138,7 @@ impl SourceControl {
         let Some(Reconnecting { stage, .. }) = &self.reconnecting else { return };
         match (stage, input) {
             (_, Input::Cancel) if self.may_cancel().is_ok() => self.end(Ending::Cancelled),
-            (_, Input::Abandon) if self.is_following() => self.unknown(format!(
-                "a person has said that {} is not to be waited for, where the guest runs without all of its memory: it is lost",
-                self.peer_host
-            )),
+            (_, Input::Abandon) if self.is_following() => self.abandon(),
             (_, Input::Message(Message::Abort(why))) if self.is_following() => self.unknown(format!(
                 "{} has given the machine up before all of its memory was there: {why}",
                 self.peer_host
@@ -318,11 +319,13 @@ impl SourceControl {
         let Some(reconnecting) = &self.reconnecting else { return };
         match (reconnecting.attempts as usize).checked_sub(1) {
             None => self.attempt(),
+            // Nobody may be there: the destination may have dropped the machine without having claimed it.
+            Some(_) if self.is_in_doubt() => self.settle_again(reconnecting.why.clone()),
             Some(failed) => self.stage(Stage::Waiting { until: self.now + GAPS[failed.min(GAPS.len() - 1)] }),
         }
     }
 
-    fn attempt(&mut self) {
+    pub(super) fn attempt(&mut self) {
         let (Some(token), Some(reconnecting)) = (self.session, &mut self.reconnecting) else { return };
         reconnecting.attempts += 1;
         reconnecting.stage = Stage::Dialling;

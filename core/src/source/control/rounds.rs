@@ -59,12 +59,19 @@ impl SourceControl {
             return self.ask_for_postcopy();
         }
         let limits = self.limits();
+        let end = RoundEnd { next: self.next_round_is(&end), ..end };
         match end.decide(&limits) {
             Decision::AwaitQueue => {
                 self.queue_awaited_since = Some(self.now);
                 self.act(Action::AwaitQueue);
             }
+            Decision::Continue if end.predicted_pause() <= limits.downtime => {
+                self.course.free_rounds += 1;
+                self.next_round();
+            }
             Decision::Continue => self.go_on(&end, &limits),
+            // A throttle aims lower than the limit, and there is time.
+            Decision::Stop if self.is_throttled_short_of_its_aim(&end, &limits) => self.go_on(&end, &limits),
             Decision::Stop => {
                 let pause = end.predicted_pause();
                 self.act(Action::Say(format!(
@@ -90,6 +97,7 @@ impl SourceControl {
             applying: sent.applying,
             switchover_bytes_per_s: self.switchover_bytes_per_s,
             fixed: self.cost.total(),
+            next: None,
         }
     }
 

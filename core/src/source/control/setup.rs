@@ -1,5 +1,6 @@
 //! From *connect* to the first page: versions and clocks, preflight, the rehearsal, a first look at the link.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::ending::Ending;
@@ -15,17 +16,23 @@ use crate::policy::DATA_PATH_BYTES_PER_S;
 const CLOCK_SAMPLES: u32 = 5;
 /// The link is first probed with little, so that a slow one is not kept busy for long …
 const FIRST_PROBE_BYTES: u64 = 1 << 20;
-/// … and again with more if it was quick.
-const SECOND_PROBE_BYTES: u64 = 4 << 20;
-const QUICK_PROBE: Duration = Duration::from_millis(10);
+/// … and again with more, for about as long as this, if it took less: in a few milliseconds a thread that waits for a core looks like a
+/// slow link.
+const TELLING_PROBE: Duration = Duration::from_millis(50);
+/// Within these limits. The second probe is not to be taken for the first.
+const SECOND_PROBE_BYTES: RangeInclusive<u64> = 2 << 20..=4 << 20;
 
 /// What looking at a link of this speed sends.
 pub fn probe_bytes(bytes_per_s: f64) -> f64 {
     let first = FIRST_PROBE_BYTES as f64;
-    match first / bytes_per_s < QUICK_PROBE.as_secs_f64() {
-        true => first + SECOND_PROBE_BYTES as f64,
-        false => first,
-    }
+    first + second_probe_bytes(bytes_per_s).map_or(0.0, |bytes| bytes as f64)
+}
+
+/// What is sent after a first probe that showed this speed.
+fn second_probe_bytes(bytes_per_s: f64) -> Option<u64> {
+    let telling_bytes = (bytes_per_s * TELLING_PROBE.as_secs_f64()) as u64;
+    (telling_bytes > FIRST_PROBE_BYTES)
+        .then(|| telling_bytes.clamp(*SECOND_PROBE_BYTES.start(), *SECOND_PROBE_BYTES.end()))
 }
 
 impl SourceControl {
@@ -69,10 +76,12 @@ impl SourceControl {
                 _ => self.act(Action::StartLog),
             },
             (Phase::Prepare, Done::Probed { bytes, duration }) => {
-                if duration < QUICK_PROBE && bytes < SECOND_PROBE_BYTES {
-                    return self.act(Action::Probe(SECOND_PROBE_BYTES));
-                }
                 let rate = bytes as f64 / duration.as_secs_f64().max(1e-6);
+                if bytes == FIRST_PROBE_BYTES
+                    && let Some(bytes) = second_probe_bytes(rate)
+                {
+                    return self.act(Action::Probe(bytes));
+                }
                 self.switchover_bytes_per_s = rate.min(DATA_PATH_BYTES_PER_S);
                 self.act(Action::Say(format!("the link takes {:.0} MB/s", rate / 1e6)));
                 self.act(Action::StartLog);

@@ -5,10 +5,10 @@ use std::time::Duration;
 use super::rounds::TELLING_ROUND_BYTES;
 use super::{Action, RoundSent, SourceControl};
 use crate::estimate::BETWEEN_ROUNDS;
-use crate::fit::{Fit, Outlook};
+use crate::fit::{Ahead, Fit, Outlook};
 use crate::memory::PAGE_SIZE;
 use crate::phase::Phase;
-use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, RoundEnd, Stall};
+use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, MOST_FREE_ROUNDS, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
 use crate::predict::{PageCost, Path};
 use crate::source::{OnStall, is_slow};
 
@@ -16,17 +16,13 @@ use crate::source::{OnStall, is_slow};
 const GOOD_MOMENT: f64 = 1.1;
 /// A round that took so long shows what leaves, even if that is little.
 const TELLING_ROUND: Duration = Duration::from_millis(100);
-/// Looks of the first pass are judged this far apart.
-const JUDGE_INTERVAL: Duration = Duration::from_millis(500);
-/// A throttle aims at this much of the downtime limit and of the time that is left: guests do not write evenly.
-const AIM: f64 = 0.85;
-/// The least share of time that vCPUs keep.
-const LEAST_SHARE: f64 = 0.01;
+/// The first pass is judged this far apart: a throttle takes two judgements in a row.
+pub(super) const JUDGE_INTERVAL: Duration = Duration::from_millis(THROTTLED_AFTER.as_millis() as u64 / 2);
 
 /// How the move goes, as far as it is known.
 pub(super) struct Course {
     fit: Fit,
-    stall: Stall,
+    pub(super) stall: Stall,
     /// What leaves, as the last round that was telling has shown.
     bytes_per_s: Option<f64>,
     /// Some round has shown what pages cost that are sent again.
@@ -37,9 +33,11 @@ pub(super) struct Course {
     /// A pause is to be forced at the next good moment, why.
     forcing: Option<String>,
     /// Of their time, what the vCPUs that write are left.
-    share: f64,
+    pub(super) share: f64,
+    /// Rounds that were made although the limit was met.
+    pub(super) free_rounds: u32,
     /// From the end of the round under way until the guest runs at the destination.
-    then: Option<Duration>,
+    pub(super) then: Option<Duration>,
 }
 
 impl Default for Course {
@@ -53,6 +51,7 @@ impl Default for Course {
             judged_at: Duration::ZERO,
             forcing: None,
             share: 1.0,
+            free_rounds: 0,
             then: None,
         }
     }
@@ -68,7 +67,6 @@ impl Course {
 
     /// The guest runs at its full speed.
     pub(super) fn lifted(&mut self) {
-        self.fit.sped(1.0 / self.share);
         self.share = 1.0;
         self.then = None;
     }
@@ -99,8 +97,8 @@ impl SourceControl {
         }
     }
 
-    /// The first pass has shown something. It knows only a part of memory, and that there is more to send: if the limits cannot be met
-    /// even so, they cannot be met.
+    /// The first pass has shown something. Of memory that it has not reached nothing is known, and it is taken to be left alone: if the
+    /// limits cannot be met even so, they cannot be met.
     pub(super) fn looked(&mut self, so_far: RoundSent) {
         if self.phase != Phase::FirstPass || !self.round_under_way {
             return;
@@ -108,30 +106,30 @@ impl SourceControl {
         if so_far.wire_bytes >= TELLING_ROUND_BYTES {
             self.wire_bytes_per_page = so_far.wire_bytes as f64 / so_far.pages.max(1) as f64;
         }
+        if self.options.switchover_bandwidth_bytes_per_s.is_none() {
+            // What has arrived the link takes at least, whatever a probe has shown.
+            let arrived = so_far.wire_bytes.saturating_sub(so_far.queued_bytes) as f64;
+            let rate = arrived / so_far.duration.as_secs_f64().max(1e-9);
+            self.switchover_bytes_per_s = self.switchover_bytes_per_s.max(rate);
+        }
         self.course.measured(true, &so_far);
         let end = self.round_end(&so_far);
         self.course.fit.first_pass(so_far.seen);
-        if self.now < self.course.judged_at + JUDGE_INTERVAL {
+        if self.now < self.course.judged_at.max(self.phase_since) + JUDGE_INTERVAL {
             return;
         }
         self.course.judged_at = self.now;
         let limits = self.limits();
-        let Some(outlook) = self.outlook(&end, &limits) else { return };
-        self.course.then = outlook.converges.then(|| outlook.total.saturating_sub(self.now));
+        let Some(outlook) = self.outlook(&end, &limits.to_judge_by()) else { return };
+        self.course.then = outlook.converges.then_some(outlook.after_next_round);
         let why = self.course.stall.judge_look(self.now, &outlook);
-        // All of memory has to be sent before the guest can stop; and what the guest does at its full speed is to be known before it is
-        // throttled.
-        if let (OnStall::Abort, Some(why)) = (self.options.on_stall, why) {
-            self.give_up(&why);
+        // What remains is least at the end of a round: only there a guest is stopped.
+        match (self.options.on_stall, why) {
+            _ if !self.options.stall_detection => {}
+            (OnStall::Abort, Some(why)) => self.give_up(&why),
+            (OnStall::Throttle, _) => self.throttle_in_first_pass(&end, &limits),
+            _ => {}
         }
-    }
-
-    /// Lets the guest run at its full speed.
-    pub(super) fn lift_throttle(&mut self) {
-        if self.course.share < 1.0 {
-            self.act(Action::Throttle { share: 1.0 });
-        }
-        self.course.lifted();
     }
 
     /// A round has ended: what it says of the guest.
@@ -139,23 +137,26 @@ impl SourceControl {
         self.course.measured(self.round == 0, sent);
         match self.round {
             0 => self.course.fit.first_pass(sent.seen.clone()),
-            _ => self.course.fit.round(sent.duration, sent.seen.clone()),
+            _ => self.course.fit.round(sent.seen.clone()),
         }
     }
 
     /// A round has ended, and the guest cannot stop yet: on to the next one, if that leads anywhere.
     pub(super) fn go_on(&mut self, end: &RoundEnd, limits: &Limits) {
-        let Some(outlook) = self.outlook(end, limits) else { return self.next_round() };
+        let Some(outlook) = self.outlook(end, &limits.to_judge_by()) else { return self.next_round() };
         self.course.then = outlook.converges.then_some(outlook.after_next_round);
-        let throttles = self.options.on_stall == OnStall::Throttle;
-        if throttles && (!outlook.converges || self.course.share < 1.0) {
-            let why = outlook.why.clone().unwrap_or_default();
-            self.throttle(end, limits, &why);
-            return if self.ending.is_none() {
-                self.next_round()
-            };
+        if !self.options.stall_detection {
+            return self.next_round();
         }
-        let Some(why) = self.course.stall.judge_round(self.now, end.dirty_pages, &outlook) else {
+        let throttles = self.options.on_stall == OnStall::Throttle;
+        let stalled = match self.course.stall.judge_round(self.now, end.dirty_pages, &outlook) {
+            None if throttles && end.round == 0 => self.clear_in_first_pass(),
+            stalled => stalled,
+        };
+        if throttles && (stalled.is_some() || self.course.share < 1.0) {
+            return self.throttle_after_round(end, limits, &stalled.or(outlook.why).unwrap_or_default());
+        }
+        let Some(why) = stalled else {
             self.course.forcing = None;
             return self.next_round();
         };
@@ -176,10 +177,11 @@ impl SourceControl {
     /// When a doubt becomes a certainty in the middle of a round. A throttle does not wait for that, and what remains is least at the end
     /// of a round: only a move that is to be given up is.
     pub(super) fn certain_at(&self) -> Option<Duration> {
-        self.course.stall.deadline().filter(|_| self.round_under_way && self.options.on_stall == OnStall::Abort)
+        let gives_up = self.options.stall_detection && self.options.on_stall == OnStall::Abort;
+        self.course.stall.deadline().filter(|_| self.round_under_way && gives_up)
     }
 
-    fn give_up(&mut self, why: &str) {
+    pub(super) fn give_up(&mut self, why: &str) {
         self.fail(format!("the move does not converge: {why}"));
     }
 
@@ -210,52 +212,29 @@ impl SourceControl {
         self.switch_over();
     }
 
-    /// Holds the guest to the highest speed at which the limits are met from here on.
-    fn throttle(&mut self, end: &RoundEnd, limits: &Limits, why: &str) {
-        let Some((cost, path)) = self.way(end) else { return };
-        let highest = |limits: &Limits| self.course.fit.highest_speed(end.round, end.elapsed, cost, &path, limits);
-        let target = match highest(&aim(limits, end.elapsed)) {
-            Some(0.0) => highest(limits),
-            target => target,
-        };
-        if target == Some(0.0) {
-            return self.give_up(&format!("{why}; and no throttle changes that"));
-        }
-        let before = self.course.share;
-        let speed = self.course.fit.speed();
-        let share = target.map_or(1.0, |target| (before * target / speed.max(1e-6)).clamp(LEAST_SHARE, 1.0));
-        self.course.share = share;
-        self.course.fit.sped(share / before);
-        self.course.then =
-            self.outlook(end, limits).filter(|outlook| outlook.converges).map(|outlook| outlook.after_next_round);
-        if share != before {
-            self.act(Action::Throttle { share });
-        }
-        if before == 1.0 && share < 1.0 {
-            self.act(Action::Say(format!(
-                "throttling the guest (--on-stall throttle): {why}. Its vCPUs that write are held to {:.0} % of what they wrote, until it \
-                 stops here",
-                share * 100.0
-            )));
-        } else if before < 1.0 && share == 1.0 {
-            self.act(Action::Say("the throttle is lifted: the guest writes less by itself".into()));
-        }
+    pub(super) fn outlook(&self, end: &RoundEnd, limits: &Limits) -> Option<Outlook> {
+        self.course.fit.outlook(&self.ahead(end, limits)?)
     }
 
-    fn outlook(&self, end: &RoundEnd, limits: &Limits) -> Option<Outlook> {
-        let (cost, path) = self.way(end)?;
-        self.course.fit.outlook(end.round, end.elapsed, cost, &path, limits)
+    /// What another round would come to.
+    pub(super) fn next_round_is(&self, end: &RoundEnd) -> Option<NextRound> {
+        let ahead = self.ahead(end, &self.limits()).filter(|_| self.course.free_rounds < MOST_FREE_ROUNDS)?;
+        self.course.fit.next_round(&ahead)
     }
 
-    /// What a page costs that is sent again, and the way it goes. `None` as long as that is not known.
-    fn way(&self, end: &RoundEnd) -> Option<(PageCost, Path)> {
+    pub(super) fn throttled_share(&self, end: &RoundEnd, limits: &Limits) -> Option<f64> {
+        self.course.fit.throttled_share(&self.ahead(end, limits)?)
+    }
+
+    /// Where the move stands, what pages cost, and the way that they go. `None` as long as that is not known.
+    fn ahead(&self, end: &RoundEnd, limits: &Limits) -> Option<Ahead> {
         let bandwidth_bytes_per_s = self.course.bytes_per_s?;
         let differences = self.options.delta_cache_bytes > 0 && is_slow(Some(bandwidth_bytes_per_s as u64));
-        let wire_bytes = match differences && !self.course.again_known {
+        let again_bytes = match differences && !self.course.again_known {
             true => self.course.again_wire_bytes?,
             false => end.wire_bytes_per_page,
         };
-        let cost = PageCost { wire_bytes, pages_per_s: DATA_PATH_BYTES_PER_S / PAGE_SIZE as f64 };
+        let cost = |wire_bytes: f64| PageCost { wire_bytes, pages_per_s: DATA_PATH_BYTES_PER_S / PAGE_SIZE as f64 };
         let path = Path {
             bandwidth_bytes_per_s,
             switchover_bytes_per_s: end.switchover_bytes_per_s,
@@ -265,12 +244,14 @@ impl SourceControl {
             fixed: end.fixed,
             queued_bytes: end.queued_bytes as f64,
         };
-        Some((cost, path))
+        Some(Ahead {
+            round: end.round,
+            elapsed: end.elapsed,
+            share: self.course.share,
+            first: cost(end.wire_bytes_per_page),
+            again: cost(again_bytes),
+            path,
+            limits: *limits,
+        })
     }
-}
-
-/// The same with something in reserve.
-fn aim(limits: &Limits, elapsed: Duration) -> Limits {
-    let timeout = limits.timeout.map(|timeout| elapsed + timeout.saturating_sub(elapsed).mul_f64(AIM));
-    Limits { downtime: limits.downtime.mul_f64(AIM), timeout, ..*limits }
 }

@@ -267,6 +267,7 @@ mod broken_links;
 mod handing_over;
 mod postcopying;
 mod stalling;
+mod throttling;
 
 mod with_claims {
     //! The same where the machine has claims: after *commit* they say whose it is.
@@ -280,7 +281,7 @@ mod with_claims {
     use crate::ownership::timed::Timed;
     use crate::ownership::{Epoch, Holding, Host, Nonce, Settlement, begin};
 
-    fn holding(directory: &Path) -> Arc<Holding> {
+    pub(super) fn holding(directory: &Path) -> Arc<Holding> {
         let host = Arc::new(Host::register(Some("here".parse().unwrap()), &directory.join("instances")).unwrap());
         let store = Timed::start(DirectoryStore::new(directory)).unwrap();
         let me = host.claimant("m".parse().unwrap());

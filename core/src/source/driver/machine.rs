@@ -112,12 +112,21 @@ impl Driver {
 
     /// Leaves the vCPUs that write this share of their time. Nobody waits for it.
     pub(super) fn throttle(&mut self, share: f64) {
+        self.note_held(share);
         if !self.jobs.queue(move |machine, _| machine.throttle(share)) {
             self.input(Input::Failed("no thread could be started for the machine".into()));
         }
     }
 
+    fn note_held(&mut self, share: f64) {
+        if let Some(watch) = &mut self.watch {
+            watch.held(self.handle.flow.now(), share);
+        }
+    }
+
     pub(super) fn stop_guest(&mut self) {
+        // Stopping it lifts a throttle.
+        self.note_held(1.0);
         let data = self.data.as_ref().map(|data| (Arc::clone(&data.shared), Arc::clone(&data.harvester)));
         let (ownership, handle) = (self.ownership.clone(), Arc::clone(&self.handle));
         self.settler = None;
@@ -172,9 +181,7 @@ impl Driver {
         let (inquiry, ownership) = (Arc::clone(&self.inquiry), self.ownership.clone());
         self.settler = None;
         let queued = self.jobs.queue(move |machine, events| {
-            // The guest first: it has waited long enough.
-            let resumed = jobs::take_back(machine, ownership.as_deref(), resume);
-            machine.throttle(1.0);
+            let resumed = jobs::restore(machine, ownership.as_deref(), resume);
             workers.into_iter().for_each(|worker| drop(worker.join()));
             serving.into_iter().for_each(|thread| drop(thread.join()));
             let stopped = if logging { machine.dirty_log().stop() } else { Ok(()) };

@@ -10,7 +10,7 @@ use super::links::{CONNECT_AGAIN_LIMIT, unreachable};
 use super::{Data, Done, Driver, Event, Input};
 use crate::channel::{Channel, SessionToken};
 use crate::message::Message;
-use crate::postcopy::{Missing, PageChannel, missing_parts};
+use crate::postcopy::{Known, Missing, PageChannel, missing_parts};
 
 /// The channels for pages, and what is known of them.
 #[derive(Default)]
@@ -18,19 +18,8 @@ pub(super) struct Pages {
     /// Opened, and not served yet.
     open: Option<Vec<Channel>>,
     serving: Option<Serving>,
-    /// What the destination says that it lacks has been heard to the end, or is known here.
+    /// Whether it is known what the destination lacks.
     missing: Known,
-}
-
-#[derive(Default, PartialEq, Eq)]
-enum Known {
-    /// What is pending.
-    #[default]
-    Here,
-    /// The destination is about to say so.
-    NotYet,
-    /// It has begun to.
-    InPart,
 }
 
 impl Pages {
@@ -80,32 +69,20 @@ impl Driver {
     }
 
     fn tell_pages_opened(&mut self) {
-        if self.pages.open.is_some() && self.pages.missing == Known::Here {
+        if self.pages.open.is_some() && self.pages.missing == Known::All {
             self.input(Input::Done(Done::PagesOpened));
         }
     }
 
     /// The destination says what it still lacks: that, and nothing else, is to follow.
     pub(super) fn still_missing(&mut self, part: &Missing) {
-        let Some(data) = self.data.as_ref().filter(|_| self.pages.missing != Known::Here) else {
+        let Some(data) = self.data.as_ref().filter(|_| self.pages.missing != Known::All) else {
             return self.input(Input::Failed("the destination said what it lacks without being asked".into()));
         };
         let pages = &data.shared.pages;
-        if self.pages.missing == Known::NotYet {
-            pages.pending.clear();
-            self.pages.missing = Known::InPart;
-        }
-        let told = part.stripes(pages.view.layout()).map(|stripes| {
-            for (stripe, bits) in stripes {
-                pages.pending.merge(stripe, &bits);
-            }
-        });
-        if let Err(error) = told {
-            return self.input(Input::LinkLost(error.to_string()));
-        }
-        if part.last {
-            self.pages.missing = Known::Here;
-            self.tell_pages_opened();
+        match self.pages.missing.told(part, pages.view.layout(), &pages.pending) {
+            Ok(()) => self.tell_pages_opened(),
+            Err(error) => self.input(Input::LinkLost(error.to_string())),
         }
     }
 
@@ -135,7 +112,7 @@ impl Driver {
     /// The links broke in post-copy, and are to be made anew.
     pub(super) fn leave_pages(&mut self) {
         self.leave_links();
-        self.pages.missing = Known::NotYet;
+        self.pages.missing = Known::Nothing;
         let threads = self.pages.dismiss();
         self.off_thread("leave-pages", move || {
             threads.into_iter().for_each(|thread| drop(thread.join()));

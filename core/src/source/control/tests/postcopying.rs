@@ -1,6 +1,9 @@
 //! Post-copy in virtual time: when the move goes over, and what a broken link leads to on either side of *commit*.
 
+use std::sync::Arc;
+
 use super::*;
+use crate::ownership::{Epoch, Settlement};
 use crate::source::{MemoryHandover, OnStall};
 
 /// No round meets the limit.
@@ -124,6 +127,50 @@ fn after_commit_a_broken_link_is_made_anew_for_as_long_as_it_takes() {
         assert!(run.ended_at > Duration::from_secs(60), "far longer than --reconnect-timeout");
         assert!(!run.resumed);
         check(&run, true);
+    }
+}
+
+#[test]
+fn as_long_as_nobody_says_who_has_the_machine_the_claims_are_asked_between_attempts() {
+    for in_the_end in ["running", "moved", "resumed", "abandoned"] {
+        let directory = tempfile::tempdir().unwrap();
+        let holding = super::with_claims::holding(directory.path());
+        let options = SourceOptions { ownership: Some(Arc::clone(&holding)), ..late() };
+        let (mut asked, mut dialled) = (0, 0);
+        let run = run_busy(options, |_, action, healthy| match action {
+            Action::StopGuest => {
+                holding.begin_handover();
+                healthy
+            }
+            Action::Send(Message::Commit(_)) => Some(Input::LinkLost("cut".into())),
+            Action::Settle(_) => {
+                asked += 1;
+                let settlement = match in_the_end {
+                    "abandoned" if asked == 6 => return Some(Input::Abandon),
+                    "moved" if asked >= 6 => Settlement::Moved,
+                    "resumed" if asked == 6 => Settlement::Resumed(Epoch::new(2).unwrap()),
+                    _ => Settlement::Undecided("the store does not answer".into()),
+                };
+                Some(Input::Done(Done::Settled(settlement)))
+            }
+            Action::Reconnect { .. } => {
+                dialled += 1;
+                match in_the_end {
+                    "running" | "moved" if dialled == 20 => healthy,
+                    _ => Some(Input::Unreachable { why: "it says no".into(), gone: true }),
+                }
+            }
+            _ => healthy,
+        });
+        match (in_the_end, &run.outcome) {
+            ("running", Some(SourceOutcome::Moved(_))) => assert_eq!(asked, 20),
+            ("moved", Some(SourceOutcome::Moved(_))) => assert_eq!((asked, dialled), (6, 20)),
+            ("resumed", Some(SourceOutcome::Failed(why, _))) => {
+                assert!(why.contains("claimed back") && run.resumed && (asked, dialled) == (6, 5));
+            }
+            ("abandoned", Some(SourceOutcome::Unknown(..))) => assert!(!run.resumed),
+            (_, outcome) => panic!("{in_the_end}: {outcome:?}\n{:#?}", run.actions),
+        }
     }
 }
 

@@ -29,8 +29,12 @@ struct Move {
 }
 
 impl Guest {
+    fn share(&self) -> f64 {
+        self.shares.last().copied().unwrap_or(1.0)
+    }
+
     fn writing(&self) -> Workload {
-        let share = self.shares.last().copied().unwrap_or(1.0);
+        let share = self.share();
         let zone = Zone { touched_pages: MEMORY, dirtying: Dirtying::random(self.writes_per_s * share, SET) };
         Workload { zones: vec![zone], contents: Contents::incompressible() }
     }
@@ -53,6 +57,7 @@ impl Guest {
             seen: Seen {
                 zones: first.then_some(writing.zones),
                 dirty_pages: vec![self.dirty_pages],
+                ran: Duration::from_secs_f64(seconds * self.share()),
                 ..Seen::default()
             },
             ..RoundSent::default()
@@ -133,6 +138,15 @@ fn a_time_budget_that_cannot_be_met_is_not_used_up() {
 }
 
 #[test]
+fn without_detection_nothing_but_the_limits_themselves_ends_a_hopeless_move() {
+    let timeout = Some(Duration::from_secs(20));
+    let given_up =
+        moved(4.0 * SENT_PER_S, SourceOptions { timeout, stall_detection: false, ..on_stall(OnStall::Abort) });
+    let SourceOutcome::Failed(why, _) = &given_up.outcome else { panic!("{:?}", given_up.outcome) };
+    assert!(why.contains("is used up") && given_up.took >= Duration::from_secs(20), "{:?}: {why}", given_up.took);
+}
+
+#[test]
 fn a_forced_pause_is_said_and_is_about_the_shortest_within_reach() {
     let forced = moved(2.0 * SENT_PER_S, on_stall(OnStall::Force));
     assert!(matches!(forced.outcome, SourceOutcome::Moved(_)), "{:?}", forced.outcome);
@@ -162,7 +176,7 @@ fn a_throttled_move_meets_both_limits_at_a_rate_that_is_not_lower_than_it_must_b
 
 #[test]
 fn what_no_throttle_can_help_is_given_up() {
-    let options = SourceOptions { timeout: Some(Duration::from_millis(3500)), ..on_stall(OnStall::Throttle) };
+    let options = SourceOptions { timeout: Some(Duration::from_millis(6500)), ..on_stall(OnStall::Throttle) };
     let given_up = moved(4.0 * SENT_PER_S, SourceOptions { downtime_limit: Duration::from_millis(10), ..options });
     let SourceOutcome::Failed(why, _) = &given_up.outcome else { panic!("{:?}", given_up.outcome) };
     assert!(why.contains("no throttle changes that"), "{why}");
