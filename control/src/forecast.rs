@@ -1,7 +1,7 @@
 //! A prediction for people to read: a short table of rounds and a verdict in plain sentences.
 
 use godwit_core::PAGE_SIZE;
-use godwit_core::predict::{Band, Forecast, PredictedRound, Row};
+use godwit_core::predict::{Band, Forecast, PredictedRound, Row, Throttle};
 
 use crate::units::{approximate_bytes, approximate_ms, approximate_rate};
 
@@ -60,6 +60,12 @@ pub fn verdict_text(forecast: &Forecast, downtime_limit_ms: f64, dirty_bytes_per
             text.push_str(&format!(" Held to {} ({margin:.2} of its rate) it would converge.", rate(*margin)));
         }
         (false, _) => text.push_str(" No lower write rate changes that: raise the limit, the budget or the bandwidth."),
+    }
+    if let Some(Throttle { share, pages_per_s, bytes_per_s }) = forecast.throttle {
+        text.push_str(&format!(
+            " --on-stall throttle would hold it to {pages_per_s:.0} page writes/s ({}/s, {share:.2} of its rate) from within the first pass on.",
+            approximate_bytes(bytes_per_s)
+        ));
     }
     if forecast.border {
         text.push_str(" That is close to the border: it may turn out the other way.");
@@ -129,6 +135,11 @@ mod tests {
             converges,
             border: margin.is_some_and(|margin| (0.9..1.1).contains(&margin)),
             margin,
+            throttle: margin.filter(|margin| (0.01..1.0).contains(margin)).map(|share| Throttle {
+                share,
+                pages_per_s: share * 1000.0,
+                bytes_per_s: share * 4_096_000.0,
+            }),
             why: (!converges).then(|| "30 rounds were not enough".into()),
             total_s: same(2.0),
             pause_ms: Band { low: 18.0, likely: 20.0, high: 23.0 },
@@ -147,6 +158,7 @@ mod tests {
         assert!(text.contains("20.0 ms (18.0 ms to 23.0 ms)") && text.contains("close to the border"), "{text}");
         let text = verdict_text(&forecast(false, Some(0.5)), 300.0, 1048576.0);
         assert!(text.contains("30 rounds were not enough") && text.contains("Held to 512 KiB/s (0.50"), "{text}");
+        assert!(text.contains("throttle would hold it to 500 page writes/s (2.0 MiB/s, 0.50 of its rate)"), "{text}");
         assert!(verdict_text(&forecast(false, Some(0.0)), 1.0, 1e6).contains("raise the limit"));
     }
 

@@ -86,6 +86,10 @@ impl Settings {
         if let Some(name) = &parameters.on_stall {
             options.on_stall = parse_on_stall(name)?;
         }
+        options.stall_detection = parameters.stall_detection.unwrap_or(options.stall_detection);
+        if options.on_stall == OnStall::Throttle && !options.stall_detection {
+            return Err(ParameterError::UndetectedThrottle);
+        }
         options.verify = parameters.verify.unwrap_or(options.verify);
         options.audit = parameters.audit.unwrap_or(options.audit);
         self.insecure = parameters.insecure.unwrap_or(self.insecure);
@@ -115,6 +119,7 @@ impl Settings {
             timeout: Some(options.timeout.map_or(0, whole_ms)),
             max_rounds: Some(options.max_rounds),
             on_stall: Some(on_stall_name(options.on_stall).into()),
+            stall_detection: Some(options.stall_detection),
             verify: Some(options.verify),
             audit: Some(options.audit),
             insecure: Some(self.insecure),
@@ -171,6 +176,9 @@ pub struct Parameters {
     /// `abort`, `force`, `throttle` or `postcopy`.
     #[serde(rename = "x-godwit-on-stall", skip_serializing_if = "Option::is_none")]
     pub on_stall: Option<String>,
+    /// A move counts as stalled as soon as it shows that the limits are not going to be met; `false`: only when time or rounds are used up.
+    #[serde(rename = "x-godwit-stall-detection", skip_serializing_if = "Option::is_none")]
+    pub stall_detection: Option<bool>,
     /// Compare page hashes before state is loaded.
     #[serde(rename = "x-godwit-verify", skip_serializing_if = "Option::is_none")]
     pub verify: Option<bool>,
@@ -244,6 +252,11 @@ pub enum ParameterError {
         /// What was given.
         given: String,
     },
+    /// A throttle is computed from what is predicted.
+    #[error(
+        "x-godwit-on-stall is `throttle`, which holds the guest to a rate that follows from what is predicted, and x-godwit-stall-detection is off"
+    )]
+    UndetectedThrottle,
     /// A move is running.
     #[error("a move is running: only max-bandwidth and downtime-limit can be changed in flight")]
     NotInFlight,
@@ -422,6 +435,12 @@ mod tests {
         assert!(
             parameters(r#"{"cpu-throttle-initial": 20}"#).unwrap_err().to_string().contains("cpu-throttle-initial")
         );
+    }
+
+    #[test]
+    fn a_throttle_without_prediction_is_refused() {
+        let text = r#"{"x-godwit-on-stall": "throttle", "x-godwit-stall-detection": false}"#;
+        assert!(matches!(applied(text), Err(ParameterError::UndetectedThrottle)));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive, 
 use godwit_core::progress::{Event, Observer};
 use godwit_core::{Channel, HangUp};
 use godwit_transport::{DataChannels, Listener, TransportError};
-use godwit_vmm::{HostOptions, KvmHost};
+use godwit_vmm::{HostOptions, KvmHost, ReadyVm};
 use serde_json::json;
 
 /// How often it is looked whether the listener is still open.
@@ -44,7 +44,12 @@ impl Reception {
 
     /// Receives peers for as long as the process lives.
     pub(crate) fn run(self: Arc<Self>) -> Result<(), TransportError> {
+        let mut vm = None;
         loop {
+            if vm.is_none() && self.keeper.busy_with().is_none() {
+                // Who connects need not wait for it. What is in the way is said when a machine arrives.
+                vm = ReadyVm::new().ok();
+            }
             let Some(control) = self.listener.next_control(ACCEPT_POLL)? else { continue };
             self.let_the_last_one_leave();
             if let Some(busy) = self.keeper.busy_with() {
@@ -64,9 +69,10 @@ impl Reception {
                 Arc::clone(&options.abandon),
             );
             let data = self.listener.incoming_data();
+            let host = KvmHost::with_vm(self.host.clone(), vm.take());
             let reception = Arc::clone(&self);
-            let spawned =
-                thread::Builder::new().name("receive".into()).spawn(move || reception.take_in(control, data, &options));
+            let take_in = move || reception.take_in(control, data, host, &options);
+            let spawned = thread::Builder::new().name("receive".into()).spawn(take_in);
             if let Err(error) = spawned {
                 self.keeper.incoming_failed(&format!("no thread could be started: {error}"));
             }
@@ -88,10 +94,9 @@ impl Reception {
         refuse(control, &reason);
     }
 
-    fn take_in(&self, control: Channel, mut data: DataChannels, options: &DestinationOptions) {
+    fn take_in(&self, control: Channel, mut data: DataChannels, mut host: KvmHost, options: &DestinationOptions) {
         let peer = control.peer.clone();
         say(format_args!("{peer} connects"));
-        let mut host = KvmHost::new(self.host.clone());
         let observer = Arc::new(IncomingObserver { keeper: self.keeper.clone(), is_here: AtomicBool::new(false) });
         match receive(control, &mut data, &mut host, options, Arc::clone(&observer) as _) {
             DestinationOutcome::Owned { machine, running, holding, filling, report } => {

@@ -188,10 +188,14 @@ pub(crate) struct MigrateArgs {
     /// What to do as soon as it shows that downtime limit or time budget cannot be met [default: abort]
     #[arg(long, value_name = "ACTION")]
     pub(crate) on_stall: Option<OnStallArg>,
+    /// Off: only --timeout and --max-rounds say that a move has stalled, nothing that is predicted; not with --on-stall throttle, which
+    /// follows from that [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub(crate) stall_detection: Option<Switch>,
     /// Wait for `continue` before the guest is paused
     #[arg(long)]
     pub(crate) pause_before_switchover: bool,
-    /// Data channels [default: as many as cores, 4 at most]
+    /// Data channels [default: one more than cores, 4 at most]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) channels: Option<u16>,
     /// Compression of pages: auto, none, zstd, zstd:LEVEL

@@ -99,6 +99,11 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         Some(OnStallArg::Throttle) => Some("throttle"),
         Some(OnStallArg::Postcopy) => Some("postcopy"),
     };
+    if let (Some(OnStallArg::Throttle), Some(Switch::Off)) = (args.on_stall, args.stall_detection) {
+        let why =
+            "--stall-detection off: --on-stall throttle holds the guest to a rate that follows from what is predicted";
+        return Err(Failure::Usage(why.into()));
+    }
     if let Some(compress) = &args.compress {
         parse_compression(compress).map_err(|error| Failure::Usage(format!("--{error}")))?;
     }
@@ -116,6 +121,7 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         timeout: args.timeout.map(|timeout| timeout.0.map_or(0, whole_ms)),
         max_rounds: args.max_rounds,
         on_stall: on_stall.map(str::to_owned),
+        stall_detection: args.stall_detection.map(|detection| detection == Switch::On),
         verify: args.verify.map(|verify| verify == Switch::On),
         audit: args.audit.then_some(true),
         insecure: args.insecure.then_some(true),

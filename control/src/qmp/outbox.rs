@@ -23,7 +23,7 @@ const DRAIN_POLL: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub struct Outbox {
     lines: SyncSender<Arc<str>>,
-    /// Lines queued and not yet written.
+    /// Lines not yet written: queued ones, and answers still being made.
     pending: Arc<AtomicUsize>,
     hang_up: Arc<dyn Fn() + Send + Sync>,
 }
@@ -50,10 +50,12 @@ impl Outbox {
         Ok(outbox)
     }
 
-    /// Queues an answer; waits while the queue is full: only the client who asked for it is held up.
-    pub fn answer(&self, message: &Value) {
+    /// Queues the answer that `make` gives; waits while the queue is full: only the client who asked for it is held up.
+    ///
+    /// It is pending while it is still being made: a command that ends the process is answered before the process ends.
+    pub fn answer(&self, make: impl FnOnce() -> Value) {
         self.pending.fetch_add(1, Ordering::AcqRel);
-        if self.lines.send(line(message)).is_err() {
+        if self.lines.send(line(&make())).is_err() {
             self.pending.store(0, Ordering::Release);
         }
     }
@@ -107,7 +109,7 @@ impl Hub {
         listeners.retain(|listener| listener.event(&line));
     }
 
-    /// Waits until every listener has been given what is queued for it, for at most `limit`.
+    /// Waits until every listener has been given what is queued for it and what it has asked for, for at most `limit`.
     pub fn drain(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         while Instant::now() < deadline {
@@ -185,6 +187,26 @@ mod tests {
         let lines: Vec<String> = heard.try_iter().collect();
         assert_eq!(lines.len(), 2);
         assert!(lines.iter().all(|line| line.contains("STOP") && line.ends_with('\n')));
+    }
+
+    #[test]
+    fn drain_waits_for_an_answer_that_is_still_being_made() {
+        let hub = Hub::new();
+        let (sender, heard) = channel();
+        let outbox = Outbox::new(Told(sender), 8, || ()).unwrap();
+        hub.attach(outbox.clone());
+        let (begin, begun) = channel();
+        let client = thread::spawn(move || {
+            outbox.answer(|| {
+                begin.send(()).unwrap();
+                thread::sleep(Duration::from_millis(50));
+                json!({ "return": {} })
+            });
+        });
+        begun.recv().unwrap();
+        hub.drain(Duration::from_secs(5));
+        assert_eq!(heard.try_iter().count(), 1);
+        client.join().unwrap();
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Clients {
         let outbox = Outbox::new(stream.try_clone()?, QUEUE_LINES, move || {
             let _ = hang_up.shutdown(std::net::Shutdown::Both);
         })?;
-        outbox.answer(&message::greeting());
+        outbox.answer(message::greeting);
         let caller = Caller { stream: stream.try_clone()? };
         let mut session = Session { clients: self, caller, outbox: outbox.clone(), negotiated: false };
         let mut lines = LineReader::new(stream, MAX_LINE_BYTES);
@@ -140,7 +140,7 @@ impl Clients {
                 Ok(Line::Text(line)) => session.line(&line),
                 Ok(Line::TooLong) => {
                     let desc = format!("the line is longer than {MAX_LINE_BYTES} bytes");
-                    session.outbox.answer(&message::response(Err(QmpError::generic(desc)), None));
+                    session.outbox.answer(|| message::response(Err(QmpError::generic(desc)), None));
                 }
                 Ok(Line::End) => break Ok(()),
                 Err(error) => break Err(error),
@@ -165,11 +165,14 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn line(&mut self, line: &[u8]) {
-        let (answer, id) = match Request::parse(line) {
-            Ok(request) => (self.execute(&request.command, request.arguments), request.id),
-            Err(bad) => (Err(bad.error), bad.id),
-        };
-        self.outbox.answer(&message::response(answer, id));
+        let outbox = self.outbox.clone();
+        outbox.answer(|| {
+            let (answer, id) = match Request::parse(line) {
+                Ok(request) => (self.execute(&request.command, request.arguments), request.id),
+                Err(bad) => (Err(bad.error), bad.id),
+            };
+            message::response(answer, id)
+        });
     }
 
     fn execute(&mut self, command: &str, arguments: Arguments) -> Answer {
