@@ -4,6 +4,7 @@
 //! themselves.
 
 mod channels;
+mod pages;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -19,11 +20,13 @@ use godwit_core::message::{Message, PrepareRequest, SharedClaims, TimedStep};
 use godwit_core::ownership::destination::{self as rules, DestinationHandover};
 use godwit_core::ownership::modelled::{Answer, Call};
 use godwit_core::ownership::{Claim, Holding, Marker, Nonce, RETRY_GAP, RightToRun, Rules};
+use godwit_core::postcopy::Wanted;
 use godwit_core::table::{PageHasher, PageTable};
 use godwit_core::{GuestMemory, SessionToken};
 
 use crate::chance::us;
 use crate::event::{Dial, Event, Reached, Wake};
+use crate::filling::service::Service;
 use crate::link::{LinkEnd, PING_INTERVAL};
 use crate::machine::{Incoming, Machine};
 use crate::network::ConnectionId;
@@ -34,6 +37,8 @@ use crate::world::World;
 const OPEN_DATA_LIMIT: Duration = Duration::from_secs(10);
 /// How long a source may take to say that it has ended the move, once its data channels are gone.
 const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
+/// How often it is looked whether who loads state has the pages that it needs.
+const LOAD_GAP: Duration = Duration::from_millis(20);
 /// Where the claims are said to be.
 pub const CLAIMS: &str = "/claims";
 
@@ -61,6 +66,12 @@ pub struct DestinationEnd {
     /// A control channel that has come back, and is not taken up yet.
     returned: Option<ConnectionId>,
     away_until: Option<Duration>,
+    /// Why the links are of no use any more.
+    lost: Option<String>,
+    /// Post-copy: the channels for pages, what will be missing, and who fills it in.
+    page_channels: Vec<ConnectionId>,
+    wanted: Option<Wanted>,
+    service: Option<Service>,
     /// The control link of a session whose data channels broke may bring a last word until then.
     last_word_until: Option<Duration>,
 }
@@ -70,10 +81,21 @@ enum Blocked {
     Checking(Box<Verdict>),
     Building(Box<(MachineDescription, PrepareRequest)>),
     OpeningData { count: usize, until: Duration },
+    OpeningPages { until: Duration },
     Loading(Vec<Section>, LoadContext),
     Claiming,
     Waiting,
     Starting { run: bool },
+}
+
+impl Blocked {
+    /// How long it waits for channels.
+    fn until(&self) -> Option<Duration> {
+        match self {
+            Self::OpeningData { until, .. } | Self::OpeningPages { until } => Some(*until),
+            _ => None,
+        }
+    }
 }
 
 /// A process and the end it plays.
@@ -90,9 +112,14 @@ impl DestinationEnd {
         let known = match dial {
             Dial::First => false,
             Dial::Again(token) => self.pages.is_some() && token == self.session,
-            Dial::Data(token) => self.expected == Some(token),
+            Dial::Data(token) | Dial::Pages(token) => self.expected == Some(token),
         };
         if known { Reached::Peer } else { Reached::Stranger }
+    }
+
+    /// Those who fill memory.
+    pub fn service(&self) -> Option<&Service> {
+        self.service.as_ref()
     }
 
     fn tell(&mut self, input: Input) {
@@ -121,6 +148,10 @@ impl World {
             accepted: Vec::new(),
             returned: None,
             away_until: None,
+            lost: None,
+            page_channels: Vec::new(),
+            wanted: None,
+            service: None,
             last_word_until: None,
         };
         let state = &mut self.processes[process];
@@ -152,7 +183,12 @@ impl World {
                 }
                 Some(action) => self.destination_does((process, &mut end), action),
                 None => match end.inputs.pop_front() {
-                    Some((links, input)) if links == end.links => end.control.handle(input),
+                    Some((links, input)) if links == end.links => {
+                        if let Input::LinkLost(why) | Input::ChannelLost(why) = &input {
+                            end.lost = Some(why.clone());
+                        }
+                        end.control.handle(input);
+                    }
                     Some(_) => {}
                     None => break,
                 },
@@ -179,11 +215,11 @@ impl World {
                     end.link.lost = true;
                     world.network.close(end.link.id, 1, &mut world.agenda);
                 }
-                let late = matches!(&end.blocked, Some(Blocked::OpeningData { until, .. }) if world.now() >= *until);
-                if late {
+                if end.blocked.as_ref().and_then(Blocked::until).is_some_and(|until| world.now() >= until) {
                     end.blocked = None;
                     end.control.handle(Input::DataOpened(Err("data channels did not come in time".into())));
                 }
+                world.destination_waits_no_longer(end);
             }
             Wake::Ping => {
                 world.send(end.link.id, 1, &Message::Ping(()));
@@ -250,16 +286,21 @@ impl World {
                     self.network.close(end.link.id, 1, &mut self.agenda);
                     end.last_word_until = None;
                     end.links += 1;
+                    end.lost = None;
                     end.link = LinkEnd::new(id, 1, self.now());
                     self.agenda.after(Duration::ZERO, Event::Readable(id, 1));
                 }
             }
             Action::Round(_) => {}
-            // No modelled move goes over to post-copy.
-            Action::CheckFilling | Action::JudgeFilling | Action::OpenPages { .. } | Action::NoteMissing(_) => {
-                self.violate("a machine is to be filled that nobody wanted to be");
+            Action::CheckFilling => {}
+            Action::JudgeFilling => end.control.handle(Input::FillingJudged(None)),
+            Action::OpenPages { .. } => {
+                end.blocked = Some(Blocked::OpeningPages { until: self.now() + OPEN_DATA_LIMIT });
+                end.takes_up_pages();
             }
+            Action::NoteMissing(part) => end.notes_missing(&part),
             Action::Load(sections, context) => {
+                self.destination_begins_to_fill(end);
                 self.destination_blocks((process, end), Blocked::Loading(sections, context));
             }
             Action::Claim(claim) => {
@@ -296,6 +337,10 @@ impl World {
                 let (description, request) = *order;
                 let built = self.build((process, end), description, &request);
                 Input::Built(built.map_err(|error| error.to_string()))
+            }
+            Some(blocked @ Blocked::Loading(..)) if end.machine.as_ref().is_some_and(|m| m.waits_to_load()) => {
+                end.blocked = Some(blocked);
+                return self.wake_after(process, LOAD_GAP, Wake::Job);
             }
             Some(Blocked::Loading(sections, context)) => {
                 let loaded = match &end.machine {
@@ -363,7 +408,7 @@ impl World {
             Some(memory) => Machine::over(description, memory, truth, chance)?,
             None => Machine::new(description, truth, chance)?,
         });
-        machine.meddle(self.setup.meddling);
+        machine.behave(self.setup.meddling, self.setup.whole_pages);
         let context = LoadContext { clock_offset_ns: request.clock_offset_ns };
         Incoming(Arc::clone(&machine)).load(&request.rehearsal, &context)?;
         end.pages = Some(Arc::new(DestinationPages {
@@ -378,26 +423,31 @@ impl World {
     fn destination_owns(
         &mut self,
         process: usize,
-        end: DestinationEnd,
+        mut end: DestinationEnd,
         _running: bool,
         right: Option<(RightToRun, Nonce)>,
     ) {
-        self.destination_closes(&end);
         let state = &mut self.processes[process];
         state.part += 1;
-        state.role = Role::Keeping;
-        state.machine = end.machine;
+        state.machine = end.machine.clone();
         state.holding = right.map(|(right, nonce)| {
-            let claim = state.claimant.claim(right.epoch(), nonce);
+            let claim = Claim { incomplete: end.service.is_some(), ..state.claimant.claim(right.epoch(), nonce) };
             Arc::new(Holding::modelled(PathBuf::from(CLAIMS), claim, right))
         });
         self.note(format_args!("p{process} has the machine"));
         self.guest_goes_on(process);
-        self.arrived(process);
+        match end.service.take() {
+            None => {
+                self.destination_closes(&mut end);
+                self.processes[process].role = Role::Keeping;
+                self.arrived(process);
+            }
+            Some(service) => self.destination_fills(process, end, service),
+        }
     }
 
-    fn destination_drops(&mut self, process: usize, end: DestinationEnd, role: Role) {
-        self.destination_closes(&end);
+    fn destination_drops(&mut self, process: usize, mut end: DestinationEnd, role: Role) {
+        self.destination_closes(&mut end);
         let state = &mut self.processes[process];
         state.part += 1;
         state.alive = !matches!(role, Role::Over);
@@ -405,7 +455,8 @@ impl World {
         state.machine = None;
     }
 
-    fn destination_closes(&mut self, end: &DestinationEnd) {
+    fn destination_closes(&mut self, end: &mut DestinationEnd) {
+        self.destination_stops_filling(end);
         for id in end.data().chain([end.link.id]).chain(end.returned) {
             self.network.close(id, 1, &mut self.agenda);
         }

@@ -31,6 +31,8 @@ pub enum Event {
     StoreTimeOut(usize),
     /// A process tries again to say in the store that its guest has run.
     Mark(usize),
+    /// A process tries again to say in the store that all of its guest's memory is there.
+    MarkComplete(usize),
     /// Something in a process is due. The number tells one part that the process plays from the next.
     Wake(usize, u64, Wake),
     /// A fault.
@@ -52,6 +54,8 @@ pub enum Wake {
     Job,
     /// A data channel may go on, over these links.
     Channel(u32, usize),
+    /// The channel for pages that nobody has asked for may go on, over these links.
+    Push(u32),
     /// The time of [`godwit_core::ownership::RETRY_GAP`] has passed.
     Retry,
 }
@@ -65,6 +69,8 @@ pub enum Dial {
     Again(SessionToken),
     /// Data channels: their token.
     Data(SessionToken),
+    /// The channels for pages of post-copy: the same token.
+    Pages(SessionToken),
 }
 
 /// Who answers.
@@ -87,6 +93,12 @@ pub enum Act {
     Cancel,
     /// Says go on.
     Proceed,
+    /// Wants the guest to go on at the destination before its memory is there.
+    PostCopy,
+    /// Says that a source in post-copy need not wait for its destination any more: the process.
+    Abandon(usize),
+    /// Ends a process whose guest waits for pages that nobody has any more.
+    Quit(usize),
     /// Starts the machine on a host: `run`.
     Run(usize),
     /// The same, knowing that the owner of this epoch is dead: `run --take-ownership`.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use godwit_core::postcopy::PageChannel;
+
 use crate::chance::ms;
 use crate::event::{Act, Event};
 use crate::network::{HOSTS, Kind};
@@ -19,7 +21,10 @@ impl World {
         let now = self.now();
         match fault {
             Fault::CutControl => self.cut(source, |kind| kind == Kind::Control),
-            Fault::CutData => self.cut(source, |kind| kind == Kind::Data(0)),
+            Fault::CutData => {
+                let pages = Kind::Pages(*self.chance.pick(&[PageChannel::Fault, PageChannel::Push]));
+                self.cut(source, |kind| kind == Kind::Data(0) || kind == pages);
+            }
             Fault::CutAll => self.cut(source, |_| true),
             Fault::Block(there, back, duration) => {
                 if there {
@@ -36,6 +41,7 @@ impl World {
             Fault::SourceHostDies => self.host_dies(hosts.0),
             Fault::DestinationHostDies => self.host_dies(hosts.1),
             Fault::Cancel => self.act(Act::Cancel),
+            Fault::Abandon => self.act(Act::Abandon(source)),
             Fault::SlowDisk(by) => {
                 let duration = self.chance.time(ms(10), Duration::from_secs(10));
                 self.slow_disk = (by, now + duration);
@@ -71,7 +77,11 @@ impl World {
             return;
         }
         let data = |(id, side): &(usize, usize)| *side == 0 && self.network.kind(*id) != Kind::Control;
-        let Some((id, _)) = self.network.of(process).into_iter().find(data) else { return };
+        let data: Vec<_> = self.network.of(process).into_iter().filter(data).collect();
+        if data.is_empty() {
+            return;
+        }
+        let (id, _) = *self.chance.pick(&data);
         if self.network.corrupt(id, 1, &mut self.chance) {
             self.note(format_args!("a bit has changed on the way"));
         }

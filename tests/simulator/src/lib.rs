@@ -10,7 +10,7 @@
 //! | [`campaign`] | many seeds |
 //! | `setup` | what a seed is like: machine, options, faults |
 //! | `world` | processes and what happens to them, in order of time |
-//! | `source`, `destination`, `people` | what drives the two ends, starts and persons |
+//! | `source`, `destination`, `filling`, `people` | what drives the two ends, starts and persons |
 //! | `faults` | what goes wrong |
 //! | `network`, `link`, `store`, `machine` | streams, messages on them, claims, a guest |
 //! | `truth` | what the guest has really written |
@@ -24,6 +24,8 @@ mod chance;
 mod destination;
 mod event;
 mod faults;
+mod filling;
+mod invariants;
 mod link;
 mod machine;
 mod network;

@@ -3,18 +3,23 @@
 //! It implements what a VMM implements for the engine. Its vCPUs go on while the engine works: the guest also writes in the middle
 //! of calls to the dirty log, on either side of what they do.
 
+mod absent;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use godwit_core::layout::{Layout, STRIPE_PAGES, Stripe, StripeBits};
-use godwit_core::machine::{DestinationMachine, DirtyLog, LoadContext, MachineDescription, MachineError};
-use godwit_core::machine::{Section, SectionVersion, SourceMachine};
+use godwit_core::machine::{
+    DestinationMachine, DirtyLog, FillableMemory, LoadContext, MachineDescription, MachineError, PageRun, Section,
+    SectionVersion, SourceMachine,
+};
 use godwit_core::table::is_zero;
 use godwit_core::touched::TouchedPages;
 use godwit_core::view::MemoryView;
 use godwit_core::{GuestMemory, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
+use self::absent::Absent;
 use crate::chance::Chance;
 use crate::truth::Truth;
 
@@ -38,6 +43,8 @@ struct Hardware {
     chance: Chance,
     /// How likely the guest writes in the middle of a call to the dirty log.
     meddling: f64,
+    /// The guest writes whole pages only.
+    whole_pages: bool,
     /// What it writes arrives in memory that it shares with another machine.
     owns_memory: bool,
     running: bool,
@@ -50,6 +57,7 @@ struct Hardware {
     /// The part of the guest's state that is not memory.
     progress: u64,
     throttle: f64,
+    absent: Absent,
 }
 
 /// Where a page is: stripe and offset.
@@ -82,6 +90,7 @@ impl Machine {
         let hardware = Hardware {
             chance,
             meddling: 0.0,
+            whole_pages: false,
             owns_memory: false,
             running: false,
             halted: false,
@@ -89,14 +98,16 @@ impl Machine {
             requests: Vec::new(),
             progress: 0,
             throttle: 1.0,
+            absent: Absent::default(),
         };
         let view = MemoryView::new(memory, Arc::new(layout))?;
         Ok(Self { description, view, truth, hardware: Mutex::new(hardware) })
     }
 
-    /// How likely the guest writes in the middle of a call to the dirty log.
-    pub fn meddle(&self, probability: f64) {
-        self.hardware().meddling = probability;
+    /// How its guest is: how likely it writes in the middle of a call to the dirty log, and whether it writes whole pages only.
+    pub fn behave(&self, meddling: f64, whole_pages: bool) {
+        let mut hardware = self.hardware();
+        (hardware.meddling, hardware.whole_pages) = (meddling, whole_pages);
     }
 
     /// The machine's memory.
@@ -113,6 +124,11 @@ impl Machine {
     pub fn is_untouched(&self) -> bool {
         let hardware = self.hardware();
         hardware.log.is_none() && hardware.throttle == 1.0
+    }
+
+    /// Whether its vCPUs are held back.
+    pub fn is_throttled(&self) -> bool {
+        self.hardware().throttle < 1.0
     }
 
     /// A machine that was just switched on runs.
@@ -132,7 +148,7 @@ impl Machine {
             return None;
         }
         self.guest_writes(&mut hardware, None);
-        if !disk {
+        if !disk || hardware.absent.is_guest_waiting() {
             return None;
         }
         let request = lock(&self.truth).ask_disk();
@@ -143,9 +159,16 @@ impl Machine {
     /// A disk write has been carried out: the VMM tells the guest, in its memory.
     pub fn disk_write_done(&self, request: u64) {
         let mut hardware = self.hardware();
+        let place = self.place(&mut hardware, None);
+        if self.is_there_for_device(&mut hardware, place, request) {
+            self.tell_disk_write_done(&mut hardware, request, place);
+        }
+    }
+
+    fn tell_disk_write_done(&self, hardware: &mut Hardware, request: u64, place: Place) {
         hardware.requests.retain(|under_way| *under_way != request);
         lock(&self.truth).disk_done(request);
-        self.vmm_writes(&mut hardware);
+        self.write(hardware, place, true);
     }
 
     /// Stops the vCPUs, as the beginning of a pause.
@@ -158,9 +181,9 @@ impl Machine {
         self.hardware().requests.is_empty()
     }
 
-    /// The first page that is not as the guest left it.
-    pub fn first_difference(&self) -> Option<String> {
-        let truth = lock(&self.truth);
+    /// The first page that is not as the guest left it, of those that are there.
+    fn first_difference(&self) -> Option<String> {
+        let (hardware, truth) = (self.hardware(), lock(&self.truth));
         let layout = self.view.layout();
         let mut copy = [0; PAGE_SIZE];
         let mut number = 0;
@@ -168,7 +191,8 @@ impl Machine {
             let stripe = layout.stripe(index);
             for offset in 0..stripe.pages {
                 self.view.copy_page(&stripe, offset, &mut copy);
-                if copy[..] != *truth.page(number) {
+                let is_there = !hardware.absent.has(stripe.first_slot + offset);
+                if is_there && copy[..] != *truth.page(number) {
                     return Some(format!("frame {:#x}", stripe.first_frame + offset as u64));
                 }
                 number += 1;
@@ -206,9 +230,13 @@ impl Machine {
 
     /// A vCPU writes: KVM logs it, if the log is on. In the pages of `near`, if that says something.
     fn guest_writes(&self, hardware: &mut Hardware, near: Option<&Stripe>) {
+        let waited = hardware.absent.take_guest();
+        let place = waited.unwrap_or_else(|| self.place(hardware, near));
+        if !self.is_there_for_guest(hardware, place, waited.is_some()) {
+            return;
+        }
         hardware.progress += 1;
         lock(&self.truth).progress += 1;
-        let place = self.place(hardware, near);
         self.write(hardware, place, false);
         self.log(hardware, place);
     }
@@ -240,13 +268,12 @@ impl Machine {
 
     fn write(&self, hardware: &mut Hardware, (index, offset): Place, by_vmm: bool) {
         let layout = self.view.layout();
-        let before: usize = (0..index).map(|index| layout.stripe(index).pages).sum();
         let mut truth = lock(&self.truth);
         if !hardware.owns_memory {
             truth.violate(|| "a machine writes to memory that is not its own".into());
         }
-        let page = truth.page_mut(before + offset);
-        let (from, length) = match hardware.chance.below(10) {
+        let page = truth.page_mut(self.number((index, offset)));
+        let (from, length) = match hardware.chance.below(if hardware.whole_pages { 5 } else { 10 }) {
             0 => (0, PAGE_SIZE),
             1..4 => {
                 hardware.chance.fill(page);
@@ -273,6 +300,12 @@ impl Machine {
         } else if let Ok(target) = self.view.pages(stripe.first_slot + offset, 1).offset(from) {
             target.copy_from(bytes);
         }
+    }
+
+    /// The page's number in the truth.
+    fn number(&self, (index, offset): Place) -> usize {
+        let layout = self.view.layout();
+        (0..index).map(|index| layout.stripe(index).pages).sum::<usize>() + offset
     }
 
     fn log(&self, hardware: &mut Hardware, (index, offset): Place) {
@@ -418,6 +451,14 @@ impl DestinationMachine for Incoming {
         let progress = payload.first_chunk().ok_or_else(|| MachineError::new("the section is too short"))?;
         self.0.hardware().progress = u64::from_le_bytes(*progress);
         Ok(())
+    }
+
+    fn fill_later(
+        &mut self,
+        missing: &mut dyn Iterator<Item = PageRun>,
+    ) -> Result<Arc<dyn FillableMemory>, MachineError> {
+        self.0.forget(missing);
+        Ok(Arc::clone(&self.0) as Arc<dyn FillableMemory>)
     }
 
     fn own_memory(&mut self) -> Result<(), MachineError> {

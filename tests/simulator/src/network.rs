@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use godwit_core::message::HEADER_BYTES;
+use godwit_core::postcopy::PageChannel;
 
 use crate::agenda::Agenda;
 use crate::chance::{Chance, ms, us};
@@ -30,6 +31,8 @@ pub enum Kind {
     Control,
     /// Pages.
     Data(u16),
+    /// Pages in post-copy.
+    Pages(PageChannel),
 }
 
 /// All connections there have ever been, and the paths they take.

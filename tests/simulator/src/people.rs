@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_core::Phase;
 use godwit_core::machine::SourceMachine;
 use godwit_core::ownership::holding::Next;
 use godwit_core::ownership::modelled::{Answer, Call};
@@ -44,6 +45,30 @@ impl World {
                     let now = world.now() - end.began();
                     end.control.handle(now, Input::Proceed);
                 });
+            }
+            Act::PostCopy => {
+                let Some((source, _)) = self.current else { return };
+                self.with_source(source, |world, (_, end)| {
+                    let allowed = end.control.may_go_over();
+                    world.note(format_args!("somebody wants the move of p{source} to go over: {allowed:?}"));
+                    if allowed.is_ok() {
+                        let now = world.now() - end.began();
+                        end.control.handle(now, Input::PostCopy);
+                    }
+                });
+            }
+            Act::Abandon(source) => self.with_source(source, |world, (_, end)| {
+                if end.control.phase() == Phase::PostCopyPaused {
+                    world.note(format_args!("somebody says that p{source} has nobody to wait for"));
+                    // Whoever does so may be wrong.
+                    world.calm = false;
+                    let now = world.now() - end.began();
+                    end.control.handle(now, Input::Abandon);
+                }
+            }),
+            Act::Quit(process) => {
+                self.note(format_args!("p{process} is told to quit"));
+                self.kill(process);
             }
             Act::Run(host) => self.start(host, Mode::Existing),
             Act::TakeOwnership(host, epoch) => self.start(host, Mode::TakeOver(epoch)),
@@ -154,7 +179,7 @@ impl World {
             Ok(machine) => Arc::new(machine),
             Err(error) => return self.violate(&format!("the machine cannot be built: {error}")),
         };
-        machine.meddle(self.setup.meddling);
+        machine.behave(self.setup.meddling, self.setup.whole_pages);
         machine.boot();
         self.processes[process].machine = Some(machine);
         self.note(format_args!("p{process} boots the machine"));

@@ -8,6 +8,7 @@ use godwit_core::ownership::start::Start;
 use godwit_core::ownership::{Claimant, Holding};
 
 use crate::destination::DestinationEnd;
+use crate::filling::FillingEnd;
 use crate::machine::Machine;
 use crate::source::SourceEnd;
 
@@ -43,6 +44,8 @@ pub enum Role {
     Source(Box<SourceEnd>),
     /// It takes a machine in.
     Destination(Box<DestinationEnd>),
+    /// It has a machine whose guest runs, and takes in the rest of its memory.
+    Filling(Box<FillingEnd>),
     /// It finds out whether it may start its machine.
     Starting(Box<Start>),
     /// It has sent *commit* and does not know what became of it.
@@ -74,6 +77,17 @@ impl Role {
         }
     }
 
+    /// The same for what it becomes in post-copy.
+    pub fn take_filling(&mut self) -> Option<Box<FillingEnd>> {
+        match std::mem::replace(self, Self::Over) {
+            Self::Filling(end) => Some(end),
+            other => {
+                *self = other;
+                None
+            }
+        }
+    }
+
     /// The same for a start.
     pub fn take_start(&mut self) -> Option<Box<Start>> {
         match std::mem::replace(self, Self::Over) {
@@ -92,6 +106,7 @@ impl Role {
             Self::Keeping => "keeping",
             Self::Source(_) => "sending",
             Self::Destination(_) => "receiving",
+            Self::Filling(_) => "filling",
             Self::Starting(_) => "starting",
             Self::Watching => "watching",
             Self::Over => "over",

@@ -31,12 +31,16 @@ pub struct Setup {
     pub disk_latency: Duration,
     /// How likely the guest writes in the middle of a call to the dirty log.
     pub meddling: f64,
+    /// The guest writes whole pages only.
+    pub whole_pages: bool,
     /// How long blocking work takes: preparing, saving, loading.
     pub work: Duration,
     /// How often calls to the claim store have unusual fates, once the machine runs.
     pub store_trouble: f64,
     /// Moves that are tried at most.
     pub moves: u32,
+    /// Somebody wants the move to go over to post-copy, so long after it has entered this phase.
+    pub asks_for_postcopy: Option<(Phase, Duration)>,
     /// What goes wrong.
     pub faults: Vec<Planned>,
 }
@@ -82,6 +86,8 @@ pub enum Fault {
     DestinationHostDies,
     /// Somebody cancels.
     Cancel,
+    /// Somebody says in post-copy that the destination is dead, rightly or not.
+    Abandon,
     /// Disk writes take so long for a while.
     SlowDisk(Duration),
     /// The source (if set), the destination (if set) do not reach the claim store, for so long.
@@ -101,7 +107,7 @@ impl Setup {
             75..90 => 3,
             _ => 6,
         };
-        Self {
+        let mut setup = Self {
             description: describe(chance),
             claims,
             one_host: chance.hit(0.1),
@@ -110,10 +116,79 @@ impl Setup {
             disk_share: *chance.pick(&[0.0, 0.05, 0.3]),
             disk_latency: chance.time(us(100), ms(30)),
             meddling: *chance.pick(&[0.0, 0.1, 0.5]),
+            whole_pages: false,
             work: chance.time(us(50), ms(20)),
             store_trouble: if chance.hit(0.2) { 0.1 } else { 0.0 },
             moves: 1 + chance.below(3) as u32,
+            asks_for_postcopy: None,
             faults: (0..faults).map(|_| plan(chance)).collect(),
+        };
+        setup.consider_postcopy(chance);
+        let stalls = matches!(setup.options.on_stall, OnStall::Throttle | OnStall::PostCopy);
+        if (stalls || setup.asks_for_postcopy.is_some()) && chance.hit(0.7) {
+            setup.overburden(chance);
+        }
+        setup
+    }
+
+    /// The guest writes more than can be sent in time, unless something is done about it.
+    fn overburden(&mut self, chance: &mut Chance) {
+        let options = &mut self.options;
+        options.max_bandwidth_bytes_per_s = Some(chance.amount(2e5, 2e6) as u64);
+        options.switchover_bandwidth_bytes_per_s = Some(chance.amount(2e5, 1e6) as u64);
+        options.downtime_limit = chance.time(ms(60), ms(200));
+        options.max_rounds = 4 + chance.below(20) as u32;
+        self.guest_interval = chance.time(us(300), ms(3));
+        // Many rounds are many chances for a break to leave something half sent, if it is sent as it is.
+        if chance.hit(0.4) {
+            (options.compression, options.delta_cache_bytes) = (Compression::None, 0);
+            self.whole_pages = true;
+        }
+        for planned in &mut self.faults {
+            if chance.hit(0.3) {
+                let when = When::In(Phase::Rounds, chance.time(ms(1), Duration::from_secs(1)));
+                *planned = Planned { when, fault: *chance.pick(&[Fault::CutData, Fault::CutAll]) };
+            }
+        }
+        let mut address = 0;
+        for region in &mut self.description.memory {
+            let size_bytes = (10 + chance.below(30) as u64) * PAGE_SIZE as u64;
+            *region = RegionDescription { guest_address: address, size_bytes };
+            address += size_bytes;
+        }
+        self.work = chance.time(us(50), ms(1));
+    }
+
+    /// Some moves go over to post-copy, and then most of what goes wrong does so in it.
+    fn consider_postcopy(&mut self, chance: &mut Chance) {
+        let options = &mut self.options;
+        match chance.below(100) {
+            0..18 => options.on_stall = OnStall::PostCopy,
+            18..30 => {
+                let phase = *chance.pick(&[Phase::FirstPass, Phase::Rounds, Phase::PreSwitchover]);
+                self.asks_for_postcopy = Some((phase, chance.time(us(10), ms(500))));
+            }
+            _ => return,
+        }
+        if options.reconnect_timeout.is_zero() && chance.hit(0.8) {
+            options.reconnect_timeout = chance.time(ms(100), Duration::from_secs(20));
+        }
+        let phases =
+            [Phase::State, Phase::Commit, Phase::PostCopy, Phase::PostCopy, Phase::PostCopy, Phase::PostCopyPaused];
+        for planned in &mut self.faults {
+            if !chance.hit(0.7) {
+                continue;
+            }
+            planned.when = When::In(*chance.pick(&phases), chance.time(us(10), ms(500)));
+            let long = chance.time(ms(1), Duration::from_secs(40));
+            planned.fault = match chance.below(10) {
+                0..2 => Fault::CutAll,
+                2 => Fault::CutData,
+                3 => Fault::Block(true, true, long),
+                4 => Fault::Abandon,
+                5 => Fault::Corrupt,
+                _ => planned.fault,
+            };
         }
     }
 }
@@ -158,9 +233,9 @@ fn plan(chance: &mut Chance) -> Planned {
     let when = match chance.below(10) {
         0 => When::At(chance.time(ms(50), Duration::from_secs(10))),
         1..3 => {
-            // No modelled move goes over to post-copy.
-            let modelled = |phase: &&Phase| !matches!(phase, Phase::PostCopy | Phase::PostCopyPaused);
-            let phases: Vec<_> = Phase::all().iter().filter(modelled).copied().collect();
+            // Where a move goes over to post-copy, more comes in that (see there).
+            let before = |phase: &&Phase| !matches!(phase, Phase::PostCopy | Phase::PostCopyPaused);
+            let phases: Vec<_> = Phase::all().iter().filter(before).copied().collect();
             When::In(*chance.pick(&phases), soon)
         }
         3..5 => When::In(*chance.pick(&[Phase::FirstPass, Phase::Rounds]), soon),

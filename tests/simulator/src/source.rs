@@ -6,6 +6,7 @@
 mod channels;
 mod jobs;
 mod links;
+mod pages;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -25,9 +26,11 @@ use godwit_core::source::control::{Action, Done, Input, NotOffered, SourceContro
 use godwit_core::source::sending::Order;
 use godwit_core::source::tally::Tally;
 use godwit_core::source::{SendingChannel, SourceOptions, SourceOutcome, SourcePages, Unacknowledged};
+use godwit_core::{Phase, SessionToken};
 
 use self::channels::Wire;
 use self::jobs::Job;
+use self::pages::Pages;
 use crate::chance::us;
 use crate::event::{Dial, Event, Wake};
 use crate::link::{LinkEnd, PING_INTERVAL};
@@ -70,6 +73,9 @@ pub struct SourceEnd {
     probe: Option<(u64, Duration)>,
     queue_awaited: bool,
     table_seed: u64,
+    /// What the session shows when its links are made anew.
+    session: Option<SessionToken>,
+    postcopy: Pages,
     settling_until: Option<Duration>,
     tick_at: Duration,
 }
@@ -110,6 +116,8 @@ impl SourceEnd {
             probe: None,
             queue_awaited: false,
             table_seed: 0,
+            session: None,
+            postcopy: Pages::default(),
             settling_until: None,
             tick_at: Duration::ZERO,
         }
@@ -118,6 +126,21 @@ impl SourceEnd {
     /// When the move began.
     pub fn began(&self) -> Duration {
         self.began
+    }
+
+    /// Whether the guest runs at the other end, or may, while this end has pages that it lacks.
+    pub fn follows(&self) -> bool {
+        matches!(self.control.phase(), Phase::PostCopy | Phase::PostCopyPaused)
+    }
+
+    /// Whether the machine's thread has something to do.
+    pub fn is_busy(&self) -> bool {
+        self.job_since.is_some()
+    }
+
+    /// What the session shows when its links are made anew, once they have been.
+    pub fn session(&self) -> Option<SessionToken> {
+        self.session
     }
 
     fn queued_bytes(&self) -> u64 {
@@ -182,6 +205,8 @@ impl World {
             Wake::Job => world.source_job((process, end)),
             Wake::Channel(links, index) if links == end.links => world.source_polls((process, end), index),
             Wake::Channel(..) => {}
+            Wake::Push(links) if links == end.links => world.source_pushes((process, end)),
+            Wake::Push(_) => {}
             Wake::Retry => world.source_settles((process, end), OwnershipInput::Retry),
         });
     }
@@ -195,6 +220,7 @@ impl World {
         self.with_source(process, |world, (_, end)| match message {
             Ok(Message::Ping(())) => {}
             Ok(Message::Applied(applied)) => world.source_applied(end, applied),
+            Ok(Message::Missing(part)) => world.source_hears_missing(end, &part),
             Ok(message) => {
                 world.note(format_args!("p{process} hears {}", message.name()));
                 world.source_input(end, Input::Message(message));
@@ -265,18 +291,23 @@ impl World {
             Action::Send(message) => self.source_sends(end, &message),
             Action::CutRound => end.cut = true,
             Action::UncutRounds => end.cut = false,
-            // No modelled move goes over to post-copy.
-            Action::OpenPages { .. }
-            | Action::LeavePages
-            | Action::SendMissing
-            | Action::Serve
-            | Action::Push
-            | Action::EndChannels => self.violate("a move goes over to post-copy that nobody wanted to"),
-            Action::Throttle { share } => end.machine.throttle(share),
+            Action::OpenPages { token } => self.source_dials((process, end), Dial::Pages(token)),
+            Action::LeavePages => self.source_leaves_pages(end),
+            Action::SendMissing => self.source_sends_missing(end),
+            Action::Serve => self.source_serves(end),
+            Action::Push => self.source_begins_to_push((process, end)),
+            Action::EndChannels => self.source_orders((process, end), Order::End, usize::MAX),
+            Action::Throttle { share } => {
+                self.source_notes_held(end, share);
+                self.source_queues_job((process, end), Job::Throttle { share });
+            }
             Action::HangUp => self.source_hangs_up(end),
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.source_dials((process, end), Dial::First),
-            Action::Reconnect { token } => self.source_dials((process, end), Dial::Again(token)),
+            Action::Reconnect { token } => {
+                end.session = Some(token);
+                self.source_dials((process, end), Dial::Again(token));
+            }
             Action::Describe => self.source_queues_job((process, end), Job::Describe),
             Action::OfferMemory => self.source_offers_memory((process, end)),
             Action::Judge(_) => self.source_queues_job((process, end), Job::Judge),
@@ -303,13 +334,16 @@ impl World {
                         let began = self.now() - end.began;
                         end.watch = Watch::new(pages.view.layout(), began, end.control.encodings()).ok();
                     }
-                    (Some(watch), _) => watch.give_up(),
+                    (Some(watch), _) => watch.round_begins(self.now() - end.began),
                     (None, None) => {}
                 }
                 self.source_orders((process, end), Order::Round { first }, usize::MAX);
             }
             Action::AwaitQueue => self.source_queue(end),
-            Action::StopGuest => self.source_queues_job((process, end), Job::StopGuest),
+            Action::StopGuest => {
+                self.source_notes_held(end, 1.0);
+                self.source_queues_job((process, end), Job::StopGuest);
+            }
             Action::LetGo => self.source_queues_job((process, end), Job::LetGo),
             Action::SendFinal => {
                 self.source_orders((process, end), Order::Final { link_bytes_per_s: None }, usize::MAX);
@@ -376,6 +410,10 @@ impl World {
         if let Some(LinkEnd { id, side, .. }) = end.link {
             let delay = self.chance.time(us(10), LAST_WORD_LIMIT);
             self.agenda.after(delay, Event::Close(id, side));
+        }
+        let lacking = |machine: &Arc<Machine>| !machine.is_whole();
+        if matches!(outcome, SourceOutcome::Moved(_)) && self.processes[end.to].machine.as_ref().is_some_and(lacking) {
+            self.violate("the source has let go of memory that the guest still lacks");
         }
         if end.audit_failed {
             self.violate("the audit found memory that is not what was sent");

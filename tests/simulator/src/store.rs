@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use godwit_core::ownership::CALL_LIMIT;
 use godwit_core::ownership::modelled::{Answer, Call, ModelledStore};
+use godwit_core::ownership::{CALL_LIMIT, Marker};
 
 use crate::agenda::Agenda;
 use crate::chance::{Chance, ms, us};
@@ -148,6 +148,14 @@ impl Store {
             return None;
         }
         Some((*process, answer.unwrap_or_else(|| call.unknown("the claim store did not answer in time"))))
+    }
+
+    /// What a call was to mark, if it was.
+    pub fn marker(&self, number: usize) -> Option<Marker> {
+        match self.calls[number].call {
+            Call::Mark(_, marker) => Some(marker),
+            Call::Claim(_) | Call::Look => None,
+        }
     }
 
     /// Who made a call.

@@ -3,13 +3,14 @@
 use std::panic::{self, AssertUnwindSafe};
 use std::time::Duration;
 
-use godwit_core::ownership::Claim;
-use godwit_core::source::OnStall;
+use godwit_core::Phase;
+use godwit_core::ownership::{Claim, Marker};
+use godwit_core::source::{OnStall, SourceOptions};
 
-use crate::event::{Act, Event};
+use crate::event::{Act, Dial, Event, Reached};
 use crate::machine::lock;
 use crate::network::HOSTS;
-use crate::process::Role;
+use crate::process::{Process, Role};
 use crate::setup::When;
 use crate::world::World;
 
@@ -23,6 +24,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const TIME_LIMIT: Duration = Duration::from_secs(1800);
 /// However slow a healthy link is, a pause is over by then.
 pub const PATIENT_PAUSE: Duration = Duration::from_secs(10);
+/// However slow a healthy link is, a pause with nothing left to send is shorter.
+const PATIENT_LIMIT: Duration = Duration::from_millis(600);
 /// Nor so many steps.
 const STEP_LIMIT: u64 = 1_000_000;
 
@@ -77,6 +80,11 @@ impl World {
             "memory: {:?}",
             setup.description.memory.iter().map(|region| region.size_bytes / 4096).collect::<Vec<_>>()
         );
+        let SourceOptions { on_stall, max_bandwidth_bytes_per_s: cap, downtime_limit, max_rounds, .. } = &setup.options;
+        println!(
+            "on stall: {on_stall:?}, asked for: {:?}; cap {cap:?}, downtime limit {downtime_limit:?}, {max_rounds} rounds",
+            setup.asks_for_postcopy
+        );
         for planned in &setup.faults {
             println!("planned: {planned:?}");
         }
@@ -92,6 +100,7 @@ impl World {
         }
         self.agenda.after(LOOK_INTERVAL, Event::Person(Act::Look));
         self.rest();
+        self.give_up_the_lost();
         let outcome = self.outcome();
         if self.is_healthy() && !self.has_moved {
             self.violate("nothing went wrong, and yet the machine could not be moved");
@@ -107,8 +116,17 @@ impl World {
         let options = &self.setup.options;
         self.setup.faults.is_empty()
             && self.setup.store_trouble == 0.0
-            && options.on_stall == OnStall::Force
+            && (options.on_stall == OnStall::Force || self.may_go_over_on_stall())
             && options.pause_timeout >= PATIENT_PAUSE
+    }
+
+    /// Whatever the guest writes, its memory can follow it.
+    fn may_go_over_on_stall(&self) -> bool {
+        let options = &self.setup.options;
+        options.on_stall == OnStall::PostCopy
+            && !options.reconnect_timeout.is_zero()
+            && options.downtime_limit >= PATIENT_LIMIT
+            && !self.setup.one_host
     }
 
     /// Until nothing more happens.
@@ -139,21 +157,82 @@ impl World {
 
     /// What must hold when nothing more happens.
     fn check_rest(&mut self) {
-        let undecided = |role: &Role| matches!(role, Role::Source(_) | Role::Destination(_) | Role::Starting(_));
-        if let Some(hangs) = self.processes.iter().position(|process| process.alive && undecided(&process.role)) {
+        let hangs = (0..self.processes.len()).find(|process| self.is_undecided(*process) && !self.is_bereft(*process));
+        if let Some(hangs) = hangs {
             let name = self.processes[hangs].role.name();
             return self.violate(&format!("p{hangs} hangs: nothing happens, and it is still {name}"));
         }
-        let runs = self.processes.iter().any(|process| process.runs());
-        if runs || !self.setup.claims {
+        let runner = (0..self.processes.len()).find(|process| self.processes[*process].runs());
+        if !self.setup.claims {
             return;
         }
-        if self.calm {
-            return self.violate("nobody runs the guest, and nobody has died");
-        }
         let owner = self.store.entries.newest_claim().cloned();
-        if owner.is_some_and(|owner| self.is_alive(&owner)) {
-            self.violate("nobody runs the guest, and its owner lives");
+        match runner {
+            // Whoever waits for pages that nobody has any more runs no guest.
+            Some(runner) if self.is_bereft(runner) && self.calm => {
+                self.violate("a guest has lost its memory, and nobody has died");
+            }
+            Some(runner) if self.is_bereft(runner) => {}
+            Some(_) => {
+                let unmarked =
+                    |owner: &Claim| owner.incomplete && !self.store.entries.is_marked(owner.epoch, Marker::Complete);
+                if owner.as_ref().is_some_and(unmarked) {
+                    self.violate("the guest has all of its memory, and the claims do not say so");
+                }
+            }
+            None if self.calm => self.violate("nobody runs the guest, and nobody has died"),
+            None if owner.is_some_and(|owner| self.is_alive(&owner)) => {
+                self.violate("nobody runs the guest, and its owner lives");
+            }
+            None => {}
+        }
+    }
+
+    /// Whether a process must not stay what it is.
+    fn is_undecided(&self, process: usize) -> bool {
+        let Process { alive, role, .. } = &self.processes[process];
+        *alive
+            && match role {
+                Role::Source(_) | Role::Destination(_) | Role::Starting(_) => true,
+                // With nothing left to come it may wait for a source to say goodbye.
+                Role::Filling(end) => end.service.wanted().left() > 0,
+                Role::Listening | Role::Keeping | Role::Watching | Role::Over => false,
+            }
+    }
+
+    /// In post-copy the process at the other end is gone, or has given the session up: then, and only then, does this end wait for ever.
+    fn is_bereft(&self, process: usize) -> bool {
+        match &self.processes[process].role {
+            Role::Source(end) if end.control.phase() == Phase::PostCopyPaused => {
+                let answered = end.session().map(|token| self.answers(end.to, Dial::Again(token)));
+                !self.processes[end.to].alive || answered != Some(Reached::Peer)
+            }
+            Role::Filling(end) if end.service.wanted().left() > 0 => {
+                let follows = |source: &Process| match &source.role {
+                    Role::Source(source) => {
+                        source.to == process
+                            && source.follows()
+                            && source.session().is_none_or(|session| session == end.session)
+                    }
+                    _ => false,
+                };
+                !self.processes.iter().any(follows)
+            }
+            _ => false,
+        }
+    }
+
+    /// People end what waits for somebody who is gone: only they know.
+    fn give_up_the_lost(&mut self) {
+        while !self.is_over()
+            && let Some(process) = (0..self.processes.len()).find(|process| self.is_bereft(*process))
+        {
+            let act = match self.processes[process].role {
+                Role::Filling(_) => Act::Quit(process),
+                _ => Act::Abandon(process),
+            };
+            self.act(act);
+            self.rest();
         }
     }
 

@@ -9,7 +9,7 @@ use godwit_core::layout::Layout;
 use godwit_core::message::Message;
 use godwit_core::ownership::destination as destination_rules;
 use godwit_core::ownership::modelled::{Answer, Call};
-use godwit_core::ownership::{Claimant, Epoch, Name};
+use godwit_core::ownership::{Claimant, Epoch, Marker, Name};
 use godwit_core::{Phase, SessionToken};
 
 use crate::agenda::Agenda;
@@ -174,6 +174,7 @@ impl World {
         match &self.processes[process].role {
             Role::Listening if self.listens(process) && dial == Dial::First => Reached::Peer,
             Role::Destination(end) => end.answers(dial),
+            Role::Filling(end) => end.answers(dial),
             _ => Reached::Stranger,
         }
     }
@@ -234,6 +235,11 @@ impl World {
                 self.agenda.after(delay, Event::Fault(number));
             }
         }
+        if let Some((wanted, delay)) = self.setup.asks_for_postcopy
+            && wanted == phase
+        {
+            self.agenda.after(delay, Event::Person(Act::PostCopy));
+        }
     }
 
     /// Lets the next thing happen. False: nothing is to happen any more.
@@ -265,6 +271,7 @@ impl World {
             Event::StoreAnswer(number, answer) => self.store_answers(number, Some(answer)),
             Event::StoreTimeOut(number) => self.store_answers(number, None),
             Event::Mark(process) => self.marks(process, destination_rules::Input::Retry),
+            Event::MarkComplete(process) => self.mark_complete(process),
             Event::Wake(process, part, wake) => self.wakes(process, part, wake),
             Event::Fault(number) => self.fault(number),
             Event::Person(act) => self.act(act),
@@ -280,15 +287,24 @@ impl World {
             Event::Guest(_) | Event::DiskWrite(..) | Event::Person(Act::Look) => false,
             Event::StoreTimeOut(_) | Event::Close(..) => false,
             Event::Wake(_, _, Wake::Tick | Wake::Ping) => false,
-            Event::Wake(process, ..) => !idle(*process),
-            Event::StoreEffect(call) | Event::StoreAnswer(call, _) => !idle(self.store.caller(*call)),
+            Event::Wake(process, ..) => !idle(*process) && !self.is_away(*process),
+            Event::StoreEffect(call) | Event::StoreAnswer(call, _) => {
+                let caller = self.store.caller(*call);
+                !idle(caller) && !self.is_away(caller)
+            }
             Event::Arrives(id, side) => !idle(self.network.process(*id, *side)) && !self.network.is_ping(*id, *side),
             _ => true,
         }
     }
 
+    /// A source in post-copy that tries to reach its destination does so for ever.
+    fn is_away(&self, process: usize) -> bool {
+        matches!(&self.processes[process].role, Role::Source(end) if end.control.phase() == Phase::PostCopyPaused)
+    }
+
     fn guest_acts(&mut self, process: usize) {
-        let moving = |process: &Process| matches!(process.role, Role::Source(_) | Role::Destination(_));
+        let moving =
+            |process: &Process| matches!(process.role, Role::Source(_) | Role::Destination(_) | Role::Filling(_));
         let interval = match self.processes.iter().any(moving) {
             true => self.setup.guest_interval,
             false => IDLE_GUEST,
@@ -304,6 +320,7 @@ impl World {
             self.agenda.after(delay, Event::DiskWrite(process, request));
         }
         self.trace.small_step(self.agenda.now(), process as u64);
+        self.filling_listens(process);
         let interval = interval.mul_f64(0.2 + self.chance.below(160) as f64 / 100.0);
         self.agenda.after(interval, Event::Guest(process));
     }
@@ -314,6 +331,7 @@ impl World {
             return self.violate("a disk was written by a guest that had been paused");
         }
         machine.disk_write_done(request);
+        self.filling_listens(process);
     }
 
     /// Which link a process listens to.
@@ -321,6 +339,7 @@ impl World {
         match &self.processes[process].role {
             Role::Source(end) => end.link.as_ref().map(|link| link.id),
             Role::Destination(end) => Some(end.link.id),
+            Role::Filling(end) => Some(end.link.id),
             _ => None,
         }
     }
@@ -333,14 +352,25 @@ impl World {
         if !self.processes[process].alive {
             return;
         }
-        if let Kind::Data(_) = self.network.kind(id) {
-            self.destination_reads(process, id);
-            return self.source_has_room(self.network.process(id, 1 - side), id);
+        let peer = self.network.process(id, 1 - side);
+        match (self.network.kind(id), side) {
+            (Kind::Control, _) => {}
+            (Kind::Data(_), _) => {
+                self.destination_reads(process, id);
+                return self.source_has_room(peer, id);
+            }
+            (Kind::Pages(_), 0) => return self.source_is_asked(process, id),
+            (Kind::Pages(_), _) => {
+                self.destination_reads_pages(process, id);
+                self.filling_reads(process, id);
+                return self.source_may_push(peer, id);
+            }
         }
         let now = self.now();
         match &mut self.processes[process].role {
             Role::Source(end) => end.link.iter_mut().filter(|link| link.id == id).for_each(|link| link.heard_at = now),
             Role::Destination(end) if end.link.id == id => end.link.heard_at = now,
+            Role::Filling(end) if end.link.id == id => end.link.heard_at = now,
             _ => {}
         }
         self.reads(id, side);
@@ -362,6 +392,7 @@ impl World {
         match self.processes[process].role {
             Role::Source(_) => self.source_hears(process, message),
             Role::Destination(_) => self.destination_hears(process, message),
+            Role::Filling(_) => self.filling_hears(process, message),
             _ => {}
         }
     }
@@ -381,6 +412,12 @@ impl World {
                 Role::Destination(_) => self.destination_loses_data(process, id),
                 _ => {}
             },
+            Kind::Pages(_) => match self.processes[process].role {
+                Role::Source(_) => self.source_loses_pages(process, id),
+                Role::Destination(_) => self.destination_loses_pages(process, id),
+                Role::Filling(_) => self.filling_loses(process, id),
+                _ => {}
+            },
         }
     }
 
@@ -390,6 +427,9 @@ impl World {
             return;
         }
         if let Answer::Marked(answer) = answer {
+            if self.store.marker(number) == Some(Marker::Complete) {
+                return self.marked_complete(process, &answer);
+            }
             return self.marks(process, destination_rules::Input::Marked(answer));
         }
         match self.processes[process].role {
@@ -397,7 +437,7 @@ impl World {
             Role::Destination(_) => self.destination_learns(process, answer),
             Role::Starting(_) => self.start_learns(process, answer),
             Role::Watching => self.watcher_learns(process, answer),
-            Role::Listening | Role::Keeping | Role::Over => {}
+            Role::Listening | Role::Keeping | Role::Filling(_) | Role::Over => {}
         }
     }
 
@@ -409,27 +449,10 @@ impl World {
         match state.role {
             Role::Source(_) => self.source_wakes(process, wake),
             Role::Destination(_) => self.destination_wakes(process, wake),
+            Role::Filling(_) => self.filling_wakes(process, wake),
             Role::Starting(_) => self.start_retries(process),
             Role::Watching => self.watcher_retries(process),
             Role::Listening | Role::Keeping | Role::Over => {}
-        }
-    }
-
-    /// What must hold at every moment.
-    fn check(&mut self) {
-        let mut runners = self.processes.iter().filter(|process| process.runs());
-        let Some(runner) = runners.next() else { return };
-        if runners.next().is_some() {
-            return self.violate("two run the guest");
-        }
-        if !self.setup.claims {
-            return;
-        }
-        match self.store.entries.newest_claim() {
-            Some(newest) if newest.claimant == runner.claimant => {
-                self.ran.insert(newest.epoch);
-            }
-            _ => self.violate("the guest runs against the newest claim, which is another's"),
         }
     }
 }

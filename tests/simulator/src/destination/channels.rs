@@ -10,7 +10,8 @@ use godwit_core::destination::receiving::Received;
 use godwit_core::message::{Applied, Message};
 
 use super::{Blocked, DestinationEnd, LAST_WORD_LIMIT};
-use crate::network::ConnectionId;
+use crate::network::{ConnectionId, Kind};
+use crate::process::Role;
 use crate::world::World;
 
 impl DestinationEnd {
@@ -32,19 +33,29 @@ impl DestinationEnd {
 impl World {
     /// A data channel has come in.
     pub fn destination_accepts(&mut self, process: usize, id: ConnectionId) {
-        self.with_destination(process, |_, (_, end)| {
-            end.accepted.push(id);
+        if let Role::Filling(_) = self.processes[process].role {
+            return self.filling_accepts(process, id);
+        }
+        self.with_destination(process, |world, (_, end)| {
+            match world.network.kind(id) {
+                Kind::Pages(_) => end.page_channels.push(id),
+                Kind::Control | Kind::Data(_) => end.accepted.push(id),
+            }
             end.takes_up_data();
+            end.takes_up_pages();
         });
     }
 
     /// A control channel of the session has come back.
     pub fn destination_is_back(&mut self, process: usize, id: ConnectionId) {
+        if let Role::Filling(_) = self.processes[process].role {
+            return self.filling_is_back(process, id);
+        }
         self.with_destination(process, |world, (_, end)| {
             if let Some(earlier) = end.returned.replace(id) {
                 world.network.close(earlier, 1, &mut world.agenda);
             }
-            if let Some(Blocked::OpeningData { .. }) = end.blocked {
+            if let Some(Blocked::OpeningData { .. } | Blocked::OpeningPages { .. }) = end.blocked {
                 end.blocked = None;
                 let why = "the source came back before its data channels did";
                 end.control.handle(Input::DataOpened(Err(why.into())));
@@ -112,6 +123,7 @@ impl World {
             true => self.network.close(end.link.id, 1, &mut self.agenda),
             false => end.last_word_until = Some(self.now() + LAST_WORD_LIMIT),
         }
+        self.destination_stops_filling(end);
         let Some(pages) = end.pages.clone() else { return };
         for (id, channel) in end.accepted.drain(..).zip(&mut end.receiving) {
             if let Wants::Pages { slot, pages: count } = channel.wants() {

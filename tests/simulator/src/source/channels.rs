@@ -153,6 +153,13 @@ impl World {
         self.source_input(end, input);
     }
 
+    pub(super) fn source_notes_held(&mut self, end: &mut SourceEnd, share: f64) {
+        let now = self.now() - end.began;
+        if let Some(watch) = &mut end.watch {
+            watch.held(now, share);
+        }
+    }
+
     fn source_ends_round(&mut self, end: &mut SourceEnd, sent_pages: u64, again: u64) {
         let (Some(pages), Some(harvester)) = (&end.pages, &end.harvester) else { return };
         let Some((began, written)) = end.round.take() else { return };

@@ -43,6 +43,11 @@ pub enum Job {
         /// Let it run.
         resume: bool,
     },
+    /// Leave the vCPUs this share of their time.
+    Throttle {
+        /// Of their time.
+        share: f64,
+    },
     /// Hash the stopped guest's memory.
     Audit,
 }
@@ -86,6 +91,12 @@ impl World {
         }
         let Some(job) = end.jobs.pop_front() else { return };
         end.job_since = None;
+        if let Job::Throttle { share } = job {
+            // Nobody waits for it.
+            self.note(format_args!("p{process} leaves its guest {:.0} % of its speed", share * 100.0));
+            end.machine.throttle(share);
+            return self.source_starts_job((process, end));
+        }
         let input = match carry_out(end, job) {
             Ok(done) => Input::Done(done),
             Err(error) => Input::Failed(error.to_string()),
@@ -120,14 +131,14 @@ fn carry_out(end: &mut SourceEnd, job: Job) -> Result<Done, MachineError> {
             jobs::stop_guest(machine, ownership, dirty, end.pause_limit, &now)
         }
         Job::LetGo => jobs::let_go(machine),
+        Job::Throttle { .. } => Err(MachineError::new("nobody waits for that")),
         Job::BreakOff { resume } => {
             jobs::take_back(machine, ownership, resume)?;
             let pages = pages()?;
             Ok(Done::BrokenOff(sending::break_off(&pages, &mut end.sending, &mut end.unacknowledged)))
         }
         Job::Restore { resume } => {
-            let resumed = jobs::take_back(machine, ownership, resume);
-            machine.throttle(1.0);
+            let resumed = jobs::restore(machine, ownership, resume);
             let stopped = if end.pages.is_some() { machine.stop() } else { Ok(()) };
             Ok(Done::Restored(resumed.and(stopped).map_err(|error| error.to_string())))
         }

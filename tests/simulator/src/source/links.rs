@@ -28,7 +28,7 @@ impl World {
         let limit = match dial {
             Dial::First => CONNECT_LIMIT,
             Dial::Data(_) if end.links == 0 => CONNECT_LIMIT,
-            Dial::Again(_) | Dial::Data(_) => CONNECT_AGAIN_LIMIT,
+            Dial::Again(_) | Dial::Data(_) | Dial::Pages(_) => CONNECT_AGAIN_LIMIT,
         };
         let (reached, at) = self.reach(process, end.to, limit);
         self.wake_at(process, at, Wake::Dialled(end.links, dial, reached));
@@ -56,6 +56,7 @@ impl World {
                 self.source_input(end, Input::Done(Done::Connected));
             }
             (Dial::Data(_), Reached::Peer) => self.source_opens_data((process, end)),
+            (Dial::Pages(_), Reached::Peer) => self.source_opens_pages((process, end)),
         }
     }
 
@@ -93,8 +94,9 @@ impl World {
         }
     }
 
-    /// Closes the data channels.
+    /// Closes the data channels, and those for pages.
     pub(super) fn source_hangs_up(&mut self, end: &mut SourceEnd) {
+        self.source_closes_pages(end);
         for Wire { id, .. } in end.wires.drain(..) {
             self.network.close(id, 0, &mut self.agenda);
         }
