@@ -88,6 +88,7 @@ pub fn measure(
     let mut watch = Watch::start(target, destination.process.pid());
     let mut poller = source.qmp()?;
     let link = link.map(LinkWatch::start).transpose()?;
+    let last_move = source.migration()?["move"].clone();
 
     let start_ns = monotonic_ns();
     let mut command = source.start_command(&["migrate"], &[&["--to", &uri, "--insecure", "--json"], more].concat())?;
@@ -98,6 +99,9 @@ pub fn measure(
             Err(ClientError::Closed) => return completed_event(&mut poller),
             Err(error) => return Err(error.into()),
         };
+        if answer["move"] == last_move {
+            return Ok("none".into());
+        }
         show(&answer);
         let status = answer["status"].as_str().unwrap_or_default().to_owned();
         Ok(if answer["active"] == true || status == "completed" { status } else { failure(&answer) })
@@ -112,15 +116,16 @@ pub fn measure(
 }
 
 /// Has QEMU move its machine from `source` to `destination`, which waits at `uri`. Each answer about its progress is shown to `show`.
+/// `seen_from`: the first status in which the destination's memory is looked at; from the start if `None`.
 pub fn measure_qemu(
     source: &Qemu,
     destination: &Qemu,
     target: Target,
-    uri: &str,
+    (uri, seen_from): (&str, Option<&'static str>),
     limit: Duration,
     mut show: impl FnMut(&mut Client, &Value) -> Result<()>,
 ) -> Result<Measured> {
-    let mut watch = Watch::start(target, destination.process.pid());
+    let mut watch = Watch { seen_from, ..Watch::start(target, destination.process.pid()) };
     let mut qmp = source.qmp()?;
     let start_ns = monotonic_ns();
     qmp.execute("migrate", json!({ "uri": uri }))?;
@@ -163,11 +168,20 @@ struct Watch {
     vcpus: usize,
     found: bool,
     searched_ns: u64,
+    /// The destination is left alone until this status.
+    seen_from: Option<&'static str>,
 }
 
 impl Watch {
     fn start(source: Target, destination: Pid) -> Self {
-        Self { sampler: Sampler::start(source), destination, vcpus: source.vcpus, found: false, searched_ns: 0 }
+        Self {
+            sampler: Sampler::start(source),
+            destination,
+            vcpus: source.vcpus,
+            found: false,
+            searched_ns: 0,
+            seen_from: None,
+        }
     }
 
     fn search(&mut self) {
@@ -190,12 +204,15 @@ impl Watch {
         mut status: impl FnMut() -> Result<String>,
     ) -> Result<u64> {
         loop {
-            self.search();
             let status = status()?;
             let taken_ns = monotonic_ns() - start_ns;
+            if self.seen_from.is_none_or(|seen_from| status == seen_from || status == "completed") {
+                self.seen_from = None;
+                self.search();
+            }
             match status.as_str() {
                 "completed" => return Ok(taken_ns),
-                "" | "none" | "setup" | "active" | "pre-switchover" | "device" | "postcopy-active" => {}
+                "" | "none" | "setup" | "active" | "pre-switchover" | "device" | "postcopy-active" | "cancelling" => {}
                 other => return Err(NotCompleted::Ended(other.to_owned()).into()),
             }
             if taken_ns > limit.as_nanos() as u64 {

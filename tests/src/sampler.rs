@@ -3,11 +3,11 @@
 use std::io::IoSliceMut;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
@@ -49,69 +49,66 @@ impl Target {
     }
 }
 
-/// Samples heartbeats from a thread of its own until it is dropped or asked for the gap.
+/// Samples heartbeats until it is dropped, each process on a thread of its own: to read in one may take milliseconds, while it unmaps
+/// memory, and is not to keep what happens in the other from being seen.
 pub struct Sampler {
+    source: Watching,
+    destination: OnceLock<Watching>,
+}
+
+/// One process, and the thread that watches it.
+struct Watching {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 struct Shared {
-    traces: Mutex<Traces>,
+    target: Target,
+    vcpus: Mutex<Vec<Trace>>,
     stop: AtomicBool,
-}
-
-#[derive(Default)]
-struct Traces {
-    source: Watched,
-    destination: Watched,
-}
-
-#[derive(Default)]
-struct Watched {
-    target: Option<Target>,
-    vcpus: Vec<Trace>,
 }
 
 impl Sampler {
     /// Starts to watch the process that the guest is to leave.
     pub fn start(source: Target) -> Self {
-        let traces = Traces { source: Watched::new(source), destination: Watched::default() };
-        let shared = Arc::new(Shared { traces: Mutex::new(traces), stop: AtomicBool::new(false) });
-        let thread = thread::spawn({
-            let shared = Arc::clone(&shared);
-            move || shared.run()
-        });
-        Self { shared, thread: Some(thread) }
+        Self { source: Watching::start(source), destination: OnceLock::new() }
     }
 
     /// Watches the process that the guest is to arrive in too, from as soon as its memory exists.
     pub fn watch_destination(&self, destination: Target) {
-        self.shared.traces().destination = Watched::new(destination);
+        self.destination.get_or_init(|| Watching::start(destination));
     }
 
     /// When the source's heartbeat last changed, as far as it has been seen: the latest over all vCPUs.
     pub fn source_last_change_ns(&self) -> Option<u64> {
-        let traces = self.shared.traces();
-        traces.source.vcpus.iter().filter_map(Trace::last_change).map(|change| change.at_ns).max()
+        self.source.shared.vcpus().iter().filter_map(Trace::last_change).map(|change| change.at_ns).max()
     }
 
     /// The gap as far as it can be told by now.
     pub fn gap(&self) -> Result<Gap> {
-        let traces = self.shared.traces();
-        if traces.destination.target.is_none() {
-            return Err(anyhow!("the destination's memory was not found, so its heartbeat could not be watched"));
-        }
-        Ok(largest_gap(traces.source.vcpus.iter().zip(&traces.destination.vcpus))?)
+        let destination = self.destination.get();
+        let destination =
+            destination.context("the destination's memory was not found, so its heartbeat could not be watched")?;
+        Ok(largest_gap(self.source.shared.vcpus().iter().zip(destination.shared.vcpus().iter()))?)
     }
 
     /// Whether some vCPU was seen to run at the destination before the last change that was seen at the source.
     pub fn both_ran(&self) -> bool {
-        let traces = self.shared.traces();
-        overlaps(traces.source.vcpus.iter().zip(&traces.destination.vcpus))
+        let Some(destination) = self.destination.get() else { return false };
+        overlaps(self.source.shared.vcpus().iter().zip(destination.shared.vcpus().iter()))
     }
 }
 
-impl Drop for Sampler {
+impl Watching {
+    fn start(target: Target) -> Self {
+        let vcpus = Mutex::new(vec![Trace::default(); target.vcpus]);
+        let shared = Arc::new(Shared { target, vcpus, stop: AtomicBool::new(false) });
+        let watching = Arc::clone(&shared);
+        Self { shared, thread: Some(thread::spawn(move || watching.run())) }
+    }
+}
+
+impl Drop for Watching {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
@@ -121,39 +118,28 @@ impl Drop for Sampler {
     }
 }
 
-impl Watched {
-    fn new(target: Target) -> Self {
-        Self { target: Some(target), vcpus: vec![Trace::default(); target.vcpus] }
-    }
-
-    fn sample(&mut self, values: &mut Vec<u64>) {
-        let Some(target) = self.target else { return };
-        if target.read(values).is_none() {
-            return;
-        }
-        let now_ns = monotonic_ns();
-        for (trace, &value) in self.vcpus.iter_mut().zip(values.iter()) {
-            trace.sample(now_ns, value);
-        }
-    }
-}
-
 impl Shared {
     fn run(&self) {
         wake_on_time();
         let mut values = Vec::new();
         while !self.stop.load(Ordering::Relaxed) {
-            {
-                let mut traces = self.traces();
-                traces.source.sample(&mut values);
-                traces.destination.sample(&mut values);
-            }
+            self.sample(&mut values);
             thread::sleep(PERIOD);
         }
     }
 
-    fn traces(&self) -> MutexGuard<'_, Traces> {
-        self.traces.lock().unwrap_or_else(PoisonError::into_inner)
+    fn sample(&self, values: &mut Vec<u64>) {
+        if self.target.read(values).is_none() {
+            return;
+        }
+        let now_ns = monotonic_ns();
+        for (trace, &value) in self.vcpus().iter_mut().zip(values.iter()) {
+            trace.sample(now_ns, value);
+        }
+    }
+
+    fn vcpus(&self) -> MutexGuard<'_, Vec<Trace>> {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

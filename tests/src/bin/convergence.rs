@@ -11,6 +11,7 @@ use godwit_control::console::{out, say};
 use godwit_control::forecast::{rounds_text, table_text};
 use godwit_control::report::{self, ReportError, SuiteReport, Tile};
 use godwit_core::predict::{Forecast, Row};
+use godwit_tests::convergence::policy::{Policy, PolicyMove};
 use godwit_tests::convergence::running::{Ledger, Record, run};
 use godwit_tests::convergence::score::Score;
 use godwit_tests::convergence::{own_machine, point};
@@ -85,9 +86,13 @@ fn suite(arguments: &Arguments) -> Result<()> {
     let (mut records, mut failed) = (Vec::<Record>::new(), 0usize);
     for point in &points {
         say(format_args!("{:>3} {}", point.number, point.line()));
-        match run(point, &hosts, &mut ledger) {
+        let by_policy = records.iter().filter(|record| record.policy.is_some()).count();
+        match run(point, Policy::ALL[by_policy % Policy::ALL.len()], &hosts, &mut ledger) {
             Ok(record) => {
                 say(format_args!("    {}", record.line()));
+                if let Some(by_policy) = &record.policy {
+                    say(format_args!("    {}", by_policy.line()));
+                }
                 records.push(record);
             }
             Err(error) => {
@@ -115,6 +120,12 @@ fn suite(arguments: &Arguments) -> Result<()> {
         score.downtime_error_mean_pct,
         path.display(),
     ));
+    let by_policy: Vec<&PolicyMove> = records.iter().filter_map(|record| record.policy.as_ref()).collect();
+    for policy in Policy::ALL {
+        let of_it = || by_policy.iter().filter(|one| one.policy == policy);
+        let kept = of_it().filter(|one| one.broken.is_empty()).count();
+        say(format_args!("--on-stall {}: {kept} of {} moves as promised", policy.name(), of_it().count()));
+    }
     if let Some(path) = &arguments.report {
         report::write(path, &page(arguments.seed, &score, &records)?)?;
         say(path.display());
@@ -141,7 +152,7 @@ fn page(seed: u64, score: &Score, records: &[Record]) -> Result<String, ReportEr
     ];
     let titles: Vec<String> =
         records.iter().map(|record| format!("{}: {}", record.point.number, record.point.line())).collect();
-    let moves = records.iter().zip(&titles).map(|(record, title)| (record.report(title), record.verdict())).collect();
+    let moves = records.iter().zip(&titles).flat_map(|(record, title)| record.reports(title)).collect();
     report::suite_page(&SuiteReport { title: &format!("Convergence suite, seed {seed}"), tiles, moves })
 }
 

@@ -118,9 +118,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let peer = arguments.peer.to_string();
     eprintln!("\n{}", compare::Compared::header(&peer));
-    compared.iter().for_each(|compared| eprintln!("{}", compared.line(&limits)));
+    compared.iter().for_each(|compared| eprintln!("{}", compared.line()));
     if arguments.json {
-        let cases: Vec<_> = compared.iter().map(|compared| compared.json(&limits, &peer)).collect();
+        let cases: Vec<_> = compared.iter().map(|compared| compared.json(&peer)).collect();
         println!("{}", json!({ "cases": cases, "limits": limits, "guest_sha256": guest_sha256 }));
     }
     Ok(())

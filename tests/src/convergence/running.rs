@@ -3,36 +3,29 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use godwit_control::outcome::{Outcome, OutcomeKind};
+use anyhow::{Context, Result};
 use godwit_control::report::MoveReport;
 use godwit_core::estimate::Measured as Estimated;
 use godwit_core::predict::Forecast;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::moving::{COMMAND_LIMIT, Moved, Stage, unix_ms};
 use super::point::Point;
-use super::rate::RateSampler;
+use super::policy::{Policy, PolicyMove};
 use super::score::Case;
-use crate::clock::monotonic_ns;
 use crate::godwit::Node;
 use crate::harness::Scene;
-use crate::measure::{NotCompleted, measure};
 use crate::netns::Hosts;
 use crate::sampler::Target;
 use crate::{wait, workload};
 
 /// How long each guest is measured before its move is predicted.
 const ESTIMATE_TIME: &str = "5s";
-/// How long a command may take beside what it is there for.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// A guest that writes slowly is not waited for until it has been everywhere.
 const SETTLE_LIMIT: Duration = Duration::from_secs(20);
-/// A round that leaves no more than this of what was dirty before has got somewhere.
-const SHRUNK: f64 = 0.95;
 
 /// What was predicted, and when.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -43,23 +36,6 @@ pub struct Prediction {
     pub forecast: Forecast,
     /// What it follows from.
     pub estimated: Estimated,
-}
-
-/// A move, seen from outside.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Moved {
-    /// When the move was asked for, milliseconds since 1970.
-    pub at_unix_ms: u64,
-    /// From the command until a poller saw its end.
-    pub total_ms: f64,
-    /// By the guest's heartbeat; none if it stayed.
-    pub gap_ms: Option<f64>,
-    /// Both directions, on the link.
-    pub wire_bytes: u64,
-    /// The guest's writes: milliseconds since the command, and pages written since then.
-    pub writes: Vec<(f64, u64)>,
-    /// What the mover itself tells.
-    pub outcome: Outcome,
 }
 
 /// A point with all that is known of it.
@@ -73,6 +49,8 @@ pub struct Record {
     pub prediction_sha256: String,
     /// What happened.
     pub moved: Moved,
+    /// If it did not converge: once more, by a policy.
+    pub policy: Option<PolicyMove>,
 }
 
 /// Where predictions are written down: a line of JSON for each, on the disk before its move begins.
@@ -92,13 +70,13 @@ impl Ledger {
     }
 }
 
-/// Predicts and makes the move of a point between the first two of `hosts`.
-pub fn run(point: &Point, hosts: &Hosts, ledger: &mut Ledger) -> Result<Record> {
+/// Predicts and makes the move of a point between the first two of `hosts`. If it does not converge it is made once more, by `policy`.
+pub fn run(point: &Point, policy: Policy, hosts: &Hosts, ledger: &mut Ledger) -> Result<Record> {
     let scene = Scene::new()?;
-    run_in(&scene, point, hosts, ledger).with_context(|| scene.logs())
+    run_in(&scene, point, policy, hosts, ledger).with_context(|| scene.logs())
 }
 
-fn run_in(scene: &Scene, point: &Point, hosts: &Hosts, ledger: &mut Ledger) -> Result<Record> {
+fn run_in(scene: &Scene, point: &Point, policy: Policy, hosts: &Hosts, ledger: &mut Ledger) -> Result<Record> {
     hosts.shape(0, 1, point.link_mbit)?;
     hosts.shape(1, 0, point.link_mbit)?;
     let guest = point.workload();
@@ -110,8 +88,17 @@ fn run_in(scene: &Scene, point: &Point, hosts: &Hosts, ledger: &mut Ledger) -> R
 
     let prediction = predict(point, &source)?;
     let prediction_sha256 = ledger.write(point, &prediction)?;
-    let moved = make(point, &source, &destination, heartbeats, hosts)?;
-    Ok(Record { point: point.clone(), prediction, prediction_sha256, moved })
+    let stage = Stage { point, source: &source, destination: &destination, hosts, heartbeats };
+    let moved = stage.move_as_far_as_it_gets()?;
+    let policy = match moved.arrived() {
+        true => None,
+        false => {
+            wait::until_true("the receiver listens again", COMMAND_LIMIT, || Ok(destination.times_listening() > 1))?;
+            let named = prediction.forecast.throttle.map(|throttle| throttle.share);
+            Some(policy.play(&stage, named)?)
+        }
+    };
+    Ok(Record { point: point.clone(), prediction, prediction_sha256, moved, policy })
 }
 
 /// Waits until the guest has been through its working set once, or for as long as a slow one deserves.
@@ -144,65 +131,6 @@ fn predict(point: &Point, source: &Node) -> Result<Prediction> {
     })
 }
 
-fn make(point: &Point, source: &Node, destination: &Node, heartbeats: Target, hosts: &Hosts) -> Result<Moved> {
-    let mut options = point.limits();
-    options.extend(["--max-bandwidth".to_owned(), format!("{}Mbit", point.bandwidth_mbit)]);
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let limit = Duration::from_millis(point.timeout_ms) + COMMAND_LIMIT;
-
-    let interface = hosts.counters(0, 1)?;
-    let bytes = || interface.traffic().map(|traffic| traffic.received_bytes + traffic.sent_bytes);
-    let writes = RateSampler::start(heartbeats, destination.process.pid());
-    let (bytes_before, at_unix_ms, began_ns) = (bytes()?, unix_ms(), monotonic_ns());
-    let measured = measure(source, destination, heartbeats, None, &options, limit, |_| ());
-    let ended_ns = monotonic_ns();
-    let (wire_bytes, samples) = (bytes()? - bytes_before, writes.finish()?);
-
-    let (total_ms, gap_ms, outcome) = match measured {
-        Ok(measured) => (measured.total_ms, Some(measured.gap.gap_ms), measured.outcome),
-        Err(error) => match error.downcast_ref::<NotCompleted>() {
-            Some(NotCompleted::Ended(_)) => {
-                ((ended_ns - began_ns) as f64 / 1e6, None, source.migration()?["outcome"].clone())
-            }
-            _ => return Err(error),
-        },
-    };
-    let outcome = outcome_of(point, outcome)?;
-    let before = samples.iter().rev().find(|sample| sample.at_ns <= began_ns).or(samples.first());
-    let pages_before = before.map_or(0, |sample| sample.pages);
-    let writes = samples
-        .iter()
-        .map(|sample| ((sample.at_ns as f64 - began_ns as f64) / 1e6, sample.pages.saturating_sub(pages_before)))
-        .collect();
-    Ok(Moved { at_unix_ms, total_ms, gap_ms, wire_bytes, writes, outcome })
-}
-
-/// A move either went through or has shown that it does not converge: anything else is no measurement.
-fn outcome_of(point: &Point, outcome: Value) -> Result<Outcome> {
-    let outcome: Outcome = serde_json::from_value(outcome).context("how the move ended is not told")?;
-    if outcome.outcome == OutcomeKind::Moved {
-        return Ok(outcome);
-    }
-    let why = outcome.reasons.join("; ");
-    let given_up = outcome.outcome == OutcomeKind::Failed && why.contains("does not converge");
-    ensure!(given_up, "the move failed: {why}");
-    ensure!(has_not_converged(point, &outcome), "given up before it had shown that it does not converge: {why}");
-    Ok(outcome)
-}
-
-/// By what the rounds did, whatever anybody predicted of further ones: the budget was used up, or the last round left about as much
-/// dirty as the one before, and none left little enough.
-fn has_not_converged(point: &Point, outcome: &Outcome) -> bool {
-    let spent = outcome.total_ms >= point.timeout_ms as f64;
-    let stands_still = match outcome.round_reports.as_slice() {
-        [.., before, last] => last.dirty_pages as f64 > SHRUNK * before.dirty_pages as f64,
-        _ => false,
-    };
-    let limit_ms = point.downtime_limit_ms as f64;
-    let never_met = outcome.round_reports.iter().all(|round| round.predicted_pause_ms > limit_ms);
-    spent || (stands_still && never_met)
-}
-
 impl Record {
     /// For the score.
     pub fn case(&self) -> Case {
@@ -219,7 +147,7 @@ impl Record {
 
     /// It moved within the limits.
     pub fn converged(&self) -> bool {
-        self.moved.outcome.outcome == OutcomeKind::Moved
+        self.moved.arrived()
     }
 
     /// Whether the prediction said so, in a word.
@@ -232,17 +160,20 @@ impl Record {
         }
     }
 
-    /// For a report.
-    pub fn report<'a>(&'a self, title: &'a str) -> MoveReport<'a> {
-        MoveReport {
+    /// For a report: each of its moves, and a word on it.
+    pub fn reports<'a>(&'a self, title: &'a str) -> Vec<(MoveReport<'a>, &'a str)> {
+        let report = |title: &'a str, moved: &'a Moved, forecast| MoveReport {
             title,
-            outcome: &self.moved.outcome,
-            forecast: Some(&self.prediction.forecast),
+            outcome: &moved.outcome,
+            forecast,
             bandwidth_bytes_per_s: Some(self.point.bandwidth_bytes_per_s()),
             downtime_limit_ms: Some(self.point.downtime_limit_ms as f64),
-            gap_ms: self.moved.gap_ms,
-            writes: &self.moved.writes,
-        }
+            gap_ms: moved.gap_ms,
+            writes: &moved.writes,
+        };
+        let first = (report(title, &self.moved, Some(&self.prediction.forecast)), self.verdict());
+        let again = self.policy.as_ref().map(|again| (report(&again.found, &again.moved, None), again.policy.name()));
+        [Some(first), again].into_iter().flatten().collect()
     }
 
     /// Predicted and measured side by side, in one line.
@@ -263,15 +194,11 @@ impl Record {
                 forecast.rounds.len() - 1,
             ),
             false => format!(
-                "{verdict}: given up after {:.2} s and {} rounds ({} predicted), margin {margin}",
+                "{verdict}: nowhere after {:.2} s and {} rounds ({} predicted), margin {margin}",
                 case.total_ms.1 / 1e3,
                 self.moved.outcome.rounds,
                 if case.predicted { "to converge" } else { "likewise" },
             ),
         }
     }
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

@@ -4,8 +4,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::case::{Case, LINK_BYTES_PER_S, Link};
-use super::limits::Limits;
-use super::moving::{Moved, by_godwit, by_other};
+use super::moving::{Moved, by_godwit, by_other, raw_bytes_per_s};
 use super::settings::Mover;
 
 /// Moves of each setting in the tournament. The best counts, to the other program's favour.
@@ -14,6 +13,8 @@ const TRIES: usize = 2;
 /// A case, compared.
 pub struct Compared {
     case: Case,
+    /// What its link takes, or the machine where there is none.
+    bytes_per_s: f64,
     winner: String,
     tried: Vec<(String, Moved)>,
     godwit: Vec<Moved>,
@@ -46,6 +47,10 @@ pub fn compare(
     }
     let winner = tried.iter().min_by(|(_, one), (_, other)| one.total_ms.total_cmp(&other.total_ms));
     let winner = winner.map(|(mover, _)| *mover).context("there is nobody to compare with")?;
+    let bytes_per_s = match case.link {
+        Link::Uncapped => raw_bytes_per_s(&case)?,
+        Link::Capped | Link::Shaped => LINK_BYTES_PER_S,
+    };
     let (mut godwit, mut other) = (Vec::new(), Vec::new());
     for _ in 0..pairs {
         let moved = by_godwit(&case, downtime_limit_ms)?;
@@ -56,21 +61,17 @@ pub fn compare(
         other.push(moved);
     }
     let tried = tried.into_iter().map(|(mover, moved)| (mover.settings(), moved)).collect();
-    Ok(Compared { case, winner: winner.settings(), tried, godwit, other })
+    Ok(Compared { case, bytes_per_s, winner: winner.settings(), tried, godwit, other })
 }
 
 impl Compared {
     /// What it would take to move the contents once and do nothing else.
-    fn floor_total_ms(&self, limits: &Limits) -> f64 {
-        let bytes_per_s = match self.case.link {
-            Link::Uncapped => limits.tcp_fresh_bytes_per_s,
-            Link::Capped | Link::Shaped => LINK_BYTES_PER_S,
-        };
-        (self.case.contents_pages * 4096) as f64 / bytes_per_s * 1e3
+    fn floor_total_ms(&self) -> f64 {
+        (self.case.contents_pages * 4096) as f64 / self.bytes_per_s * 1e3
     }
 
     /// As `versus-qemu --json` shows it; `peer` is the other program's name. Ratios are of medians, Godwit's over the other's.
-    pub fn json(&self, limits: &Limits, peer: &str) -> Value {
+    pub fn json(&self, peer: &str) -> Value {
         let (godwit, other) = (Medians::of(&self.godwit), Medians::of(&self.other));
         let mut theirs = other.json();
         theirs["settings"] = json!(self.winner);
@@ -85,7 +86,8 @@ impl Compared {
             "ratio_total": ratio(godwit.total_ms, other.total_ms),
             "ratio_gap": ratio(godwit.gap_ms, other.gap_ms),
             "ratio_bytes": ratio(godwit.wire_bytes, other.wire_bytes),
-            "floor_total_ms": self.floor_total_ms(limits),
+            "floor_total_ms": self.floor_total_ms(),
+            "ratio_floor": ratio(godwit.total_ms, Some(self.floor_total_ms())),
             "godwit": godwit.json(),
             peer: theirs,
             "tried": tried.collect::<Vec<_>>(),
@@ -93,7 +95,7 @@ impl Compared {
     }
 
     /// A line for people.
-    pub fn line(&self, limits: &Limits) -> String {
+    pub fn line(&self) -> String {
         let (godwit, other) = (Medians::of(&self.godwit), Medians::of(&self.other));
         let shown = |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
         format!(
@@ -108,7 +110,7 @@ impl Compared {
             shown(godwit.wire_bytes.map(|bytes| bytes / 1e6), 0),
             shown(other.wire_bytes.map(|bytes| bytes / 1e6), 0),
             shown(ratio(godwit.wire_bytes, other.wire_bytes), 2),
-            self.floor_total_ms(limits),
+            self.floor_total_ms(),
             self.winner,
         )
     }

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::case::{Case, Copying, LINK_BYTES_PER_S, LINK_MEGABITS_PER_S, Link};
+use super::limits::fresh_tcp;
 use super::settings::{Mover, Settings};
 use super::watch::Watch;
 use crate::cloud_hypervisor::CloudHypervisor;
@@ -21,7 +22,7 @@ use crate::harness::{Scene, binary};
 use crate::measure::{NotCompleted, measure, measure_cloud_hypervisor, measure_qemu};
 use crate::netns::Hosts;
 use crate::qemu::{Place, Qemu};
-use crate::sampler::Target;
+use crate::sampler::{Sampler, Target};
 use crate::{wait, workload};
 
 /// A move that has not ended by then is cut and counts as that long.
@@ -120,7 +121,10 @@ fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<M
     let target = settled(case, pid)?;
     let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
     let mut switch = Switch::new(case);
-    let measured = measure_qemu(&source, &destination, target, &uri, LIMIT, |qmp, progress| {
+    // In post-copy QEMU discards what is stale before it registers memory: whoever reads there meanwhile puts pages of zeros in the way,
+    // and the move breaks.
+    let seen_from = (case.copy == Copying::Post).then_some("postcopy-active");
+    let measured = measure_qemu(&source, &destination, target, (&uri, seen_from), LIMIT, |qmp, progress| {
         // It counts the first pass as 1.
         let round = progress["ram"]["dirty-sync-count"].as_u64().map(|passes| passes.saturating_sub(1));
         if switch.is_due(round) {
@@ -197,6 +201,17 @@ impl Moved {
         let (wire_bytes, cpu_s, guest_rate_share) = (cost.wire_bytes, cost.cpu_s, cost.guest_rate_share);
         Ok(Self { total_ms, gap_ms, wire_bytes, cpu_s, guest_rate_share, cut })
     }
+}
+
+/// What TCP takes beside a guest of the case and what watches it, bytes per second: its contents once, into memory that nobody has touched.
+pub fn raw_bytes_per_s(case: &Case) -> Result<f64> {
+    let (scene, hosts) = (Scene::new()?, hosts(case)?);
+    let source = Node::sender(&scene, "source", Some(hosts.host(0)), &case.workload, &[])?;
+    let target = source.heartbeats(case.workload.vcpus)?;
+    settle(case, target)?;
+    provide_memory(case)?;
+    let _watching = Sampler::start(target);
+    fresh_tcp(case.contents_pages as usize * 4096)
 }
 
 /// SHA-256 of the guest that both boot.
