@@ -10,8 +10,9 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-/// Between two bursts.
-const PERIOD: Duration = Duration::from_millis(1);
+/// Bursts begin at multiples of this, on all CPUs at once. Each is an interrupt, which costs an emulated processor a good part of a millisecond:
+/// a guest that is woken more often has no time left to answer.
+const PERIOD: Duration = Duration::from_millis(10);
 
 /// Readings in a burst: enough for the bursts of several CPUs to overlap.
 const BURST: u64 = 16;
@@ -57,7 +58,7 @@ impl Watch {
                 self.sample();
             }
             self.samples.fetch_add(BURST, Ordering::Relaxed);
-            thread::sleep(PERIOD);
+            thread::sleep(until_next_burst());
         }
     }
 
@@ -72,6 +73,12 @@ impl Watch {
         }
         self.latest_ns.fetch_max(now_ns, Ordering::SeqCst);
     }
+}
+
+fn until_next_burst() -> Duration {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    let since_last_ns = now.as_nanos() % PERIOD.as_nanos();
+    PERIOD - Duration::from_nanos(since_last_ns as u64)
 }
 
 #[cfg(test)]
