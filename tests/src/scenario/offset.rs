@@ -1,12 +1,16 @@
 //! Clocks compared over the network: of many exchanges the one with the shortest round trip tells best, as in NTP.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 
 use crate::clock::monotonic_ns;
 use crate::scenario::guest::GuestClient;
 
-/// Exchanges in one measurement.
+/// Exchanges in one measurement, and more for as long as none has been quick, within a limit: a machine that is busy answers at once now and then.
 const EXCHANGES: usize = 40;
+const QUICK: Duration = Duration::from_millis(20);
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// How far a remote real-time clock is ahead of this machine's monotonic clock.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -28,23 +32,30 @@ pub struct Sample {
     pub remote_ns: u64,
 }
 
+impl Sample {
+    fn round_trip(&self) -> Duration {
+        Duration::from_nanos(self.answered_ns.saturating_sub(self.asked_ns))
+    }
+}
+
 impl Offset {
     /// What the sample with the shortest round trip tells.
     pub fn from_samples(samples: &[Sample]) -> Option<Self> {
-        let best = samples.iter().min_by_key(|sample| sample.answered_ns - sample.asked_ns)?;
-        let round_trip_ns = best.answered_ns - best.asked_ns;
-        let offset_ns = i128::from(best.remote_ns) - i128::from(best.asked_ns) - i128::from(round_trip_ns / 2);
-        Some(Self { offset_ms: offset_ns as f64 / 1e6, uncertainty_ms: round_trip_ns as f64 / 2e6 })
+        let best = samples.iter().min_by_key(|sample| sample.round_trip())?;
+        let half_ns = best.round_trip().as_nanos() / 2;
+        let offset_ns = i128::from(best.remote_ns) - i128::from(best.asked_ns) - half_ns as i128;
+        Some(Self { offset_ms: offset_ns as f64 / 1e6, uncertainty_ms: half_ns as f64 / 1e6 })
     }
 
     /// Measures a remote machine's clock.
     pub fn measure(remote: &mut GuestClient) -> Result<Self> {
-        let exchange = |_| {
+        let (mut samples, began) = (Vec::<Sample>::new(), Instant::now());
+        let is_slow = |samples: &[Sample]| samples.iter().all(|sample| sample.round_trip() > QUICK);
+        while samples.len() < EXCHANGES || (is_slow(&samples) && began.elapsed() < LIMIT) {
             let asked_ns = monotonic_ns();
             let remote_ns = remote.clocks()?.realtime_ns;
-            Ok(Sample { asked_ns, answered_ns: monotonic_ns(), remote_ns })
-        };
-        let samples: Vec<Sample> = (0..EXCHANGES).map(exchange).collect::<Result<_>>()?;
+            samples.push(Sample { asked_ns, answered_ns: monotonic_ns(), remote_ns });
+        }
         Self::from_samples(&samples).context("no exchange")
     }
 }
