@@ -39,6 +39,9 @@ struct Arguments {
     /// Only these points of the seed
     #[arg(long, value_name = "NUMBER", value_delimiter = ',')]
     only: Vec<usize>,
+    /// What is tried with every guest that does not converge, instead of one policy after the other
+    #[arg(long, value_enum)]
+    policy: Option<Policy>,
     /// Where predictions (written down before each move) and results go
     #[arg(long, value_name = "DIR", default_value = "target/convergence")]
     out: PathBuf,
@@ -87,7 +90,8 @@ fn suite(arguments: &Arguments) -> Result<()> {
     for point in &points {
         say(format_args!("{:>3} {}", point.number, point.line()));
         let by_policy = records.iter().filter(|record| record.policy.is_some()).count();
-        match run(point, Policy::ALL[by_policy % Policy::ALL.len()], &hosts, &mut ledger) {
+        let policy = arguments.policy.unwrap_or(Policy::ALL[by_policy % Policy::ALL.len()]);
+        match run(point, policy, &hosts, &mut ledger) {
             Ok(record) => {
                 say(format_args!("    {}", record.line()));
                 if let Some(by_policy) = &record.policy {

@@ -12,7 +12,7 @@ const SAID_SHARE: f64 = 0.15;
 const RATE_SHARE: f64 = 0.8;
 
 /// What is done about a move that has stalled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// The guest is held to a rate at which both limits are met.

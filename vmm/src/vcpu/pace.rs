@@ -7,15 +7,21 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::kvm::Alarm;
 
-/// How long a throttled vCPU runs between two rests. Short, so that no rest needs to be long; but much shorter, and the guest gets less done than its share:
-/// leaving it and entering it again takes time too.
-const RUN: Duration = Duration::from_millis(1);
+/// So long a throttled vCPU rests at a time, as a rule at most: to whoever waits for the guest a rest is a pause.
+const USUAL_REST: Duration = Duration::from_millis(20);
+
+/// It runs for as short a time between two rests as that takes, but no longer than this,
+const LONGEST_RUN: Duration = Duration::from_millis(1);
+/// and no shorter: leaving the guest and entering it again takes time too.
+const SHORTEST_RUN: Duration = Duration::from_micros(200);
 
 /// A vCPU that has run for nearly long enough is not stopped for less than this.
 const SHORTEST_ALARM: Duration = Duration::from_micros(50);
 
-/// However long a vCPU has run, it rests no longer than this at a time.
-const LONGEST_REST: Duration = Duration::from_millis(100);
+/// However late a vCPU was stopped, it rests no longer than this at a time,
+const LONGEST_REST: Duration = Duration::from_millis(40);
+/// and owes no more than this of later rests.
+const LONGEST_DEBT: Duration = Duration::from_millis(100);
 
 /// A vCPU that was woken late has so much of its later rests spared, if not more than one.
 const LONGEST_CREDIT: Duration = Duration::from_millis(20);
@@ -49,7 +55,7 @@ impl Pace {
     pub(super) fn goes_on(&mut self) {
         self.account.goes_on(Instant::now());
         self.went_on_at = thread_time();
-        self.alarm.set(RUN);
+        self.alarm.set(self.account.run());
     }
 
     /// Until when to rest, if it has run for long enough. What counts is the time that it has had a CPU: on a busy host it would rest for waiting too.
@@ -57,7 +63,7 @@ impl Pace {
         let ran = thread_time().saturating_sub(self.went_on_at);
         let until = self.account.rest(Instant::now(), ran);
         if until.is_none() {
-            self.alarm.set(RUN.saturating_sub(ran).max(SHORTEST_ALARM));
+            self.alarm.set(self.account.run().saturating_sub(ran).max(SHORTEST_ALARM));
         }
         until
     }
@@ -83,9 +89,14 @@ impl Account {
         Self { share: clamp(share), rests_since: None, owed_s: 0.0 }
     }
 
+    /// How long it runs between two rests.
+    fn run(&self) -> Duration {
+        USUAL_REST.mul_f64(1.0 / self.rest_per_run().max(1e-3)).clamp(SHORTEST_RUN, LONGEST_RUN)
+    }
+
     /// How long it rests if nothing is late.
     fn usual_rest(&self) -> Duration {
-        RUN.mul_f64(self.rest_per_run())
+        self.run().mul_f64(self.rest_per_run())
     }
 
     fn rest_per_run(&self) -> f64 {
@@ -101,12 +112,12 @@ impl Account {
     }
 
     fn rest(&mut self, now: Instant, ran: Duration) -> Option<Instant> {
-        if ran + SHORTEST_ALARM / 2 < RUN {
+        if ran + SHORTEST_ALARM / 2 < self.run() {
             return None;
         }
-        self.owed_s = (self.owed_s + ran.as_secs_f64() * self.rest_per_run()).min(LONGEST_REST.as_secs_f64());
+        self.owed_s = (self.owed_s + ran.as_secs_f64() * self.rest_per_run()).min(LONGEST_DEBT.as_secs_f64());
         self.rests_since = Some(now);
-        Some(now + Duration::from_secs_f64(self.owed_s.max(0.0)))
+        Some(now + Duration::from_secs_f64(self.owed_s.clamp(0.0, LONGEST_REST.as_secs_f64())))
     }
 }
 
@@ -129,19 +140,24 @@ mod tests {
         assert_eq!(rest(0.5, MS * 2), Some(MS * 2));
         assert_eq!(rest(0.25, MS * 3), Some(MS * 9));
         assert_eq!(rest(0.5, MS / 2), None, "it was interrupted for another reason");
+        assert_eq!(
+            rest(0.01, MS / 5),
+            Some(MS * 99 / 5),
+            "the less it is left, the shorter it runs, and no rest is long"
+        );
         assert_eq!(rest(0.0, MS * 1000), Some(LONGEST_REST));
     }
 
     proptest! {
         #[test]
         fn it_has_its_share_however_late_it_is_woken(
-            share in 0.05f64..0.8, late in prop::collection::vec((0u64..500, 0u64..4000), 500),
+            share in 0.02f64..0.8, late in prop::collection::vec((0u64..500, 0u64..4000), 500),
         ) {
             let (start, mut ran) = (Instant::now(), Duration::ZERO);
             let mut account = Account::new(share);
             let mut now = start;
             for (kicked_late_us, woken_late_us) in late {
-                let run = RUN + Duration::from_micros(kicked_late_us);
+                let run = account.run() + Duration::from_micros(kicked_late_us);
                 (now, ran) = (now + run, ran + run);
                 now = account.rest(now, run).unwrap() + Duration::from_micros(if share < 0.3 { woken_late_us } else { woken_late_us / 10 });
                 account.goes_on(now);

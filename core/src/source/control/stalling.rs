@@ -14,6 +14,8 @@ use crate::source::{OnStall, is_slow};
 
 /// A pause that is forced begins when it is at most this much longer than the shortest that is within reach.
 const GOOD_MOMENT: f64 = 1.1;
+/// After so many rounds that do not lead to the limits, in a row or not, a guest is throttled.
+const DOUBTFUL_ROUNDS: u32 = 2;
 /// A round that took so long shows what leaves, even if that is little.
 const TELLING_ROUND: Duration = Duration::from_millis(100);
 /// The first pass is judged this far apart: a throttle takes two judgements in a row.
@@ -36,6 +38,8 @@ pub(super) struct Course {
     pub(super) share: f64,
     /// Rounds that were made although the limit was met.
     pub(super) free_rounds: u32,
+    /// Rounds after the first pass at whose end the limits were not going to be met.
+    doubtful_rounds: u32,
     /// From the end of the round under way until the guest runs at the destination.
     pub(super) then: Option<Duration>,
 }
@@ -52,6 +56,7 @@ impl Default for Course {
             forcing: None,
             share: 1.0,
             free_rounds: 0,
+            doubtful_rounds: 0,
             then: None,
         }
     }
@@ -153,8 +158,13 @@ impl SourceControl {
             None if throttles && end.round == 0 => self.clear_in_first_pass(),
             stalled => stalled,
         };
-        if throttles && (stalled.is_some() || self.course.share < 1.0) {
-            return self.throttle_after_round(end, limits, &stalled.or(outlook.why).unwrap_or_default());
+        self.course.doubtful_rounds += u32::from(end.round > 0 && !outlook.converges);
+        // A throttle can be taken back after the next round: it does not wait for two judgements in a row. Writers that go through memory from
+        // front to back leave now more, now less, and the budget would be used up.
+        let doubtful = throttles && self.course.doubtful_rounds >= DOUBTFUL_ROUNDS;
+        if throttles && (stalled.is_some() || doubtful || self.course.share < 1.0) {
+            let certain = stalled.is_some();
+            return self.throttle_after_round(end, limits, certain, &stalled.or(outlook.why).unwrap_or_default());
         }
         let Some(why) = stalled else {
             self.course.forcing = None;

@@ -10,6 +10,9 @@ const LEAST_SHARE: f64 = 0.01;
 /// Once what was aimed at has been missed, each round leaves the guest so much of what the one before did: the model is wrong about it.
 const LESS: f64 = 0.5;
 
+/// One round that leaves little does not lift a throttle: the next may leave a lot again. It gives back so many times what the guest was left.
+const MORE: f64 = 2.0;
+
 impl SourceControl {
     /// Two judgements in a row were clear.
     pub(super) fn clear_in_first_pass(&self) -> Option<String> {
@@ -29,13 +32,17 @@ impl SourceControl {
         }
     }
 
-    /// A round has ended that does not lead to the limits, or would not without a throttle: why.
-    pub(super) fn throttle_after_round(&mut self, end: &RoundEnd, limits: &Limits, why: &str) {
+    /// A round has ended that does not lead to the limits, or would not without a throttle: why. `certain`: rounds have borne that out.
+    pub(super) fn throttle_after_round(&mut self, end: &RoundEnd, limits: &Limits, certain: bool, why: &str) {
         let [aim, ..] = limits.aims();
         match self.throttled_share(end, limits) {
             None => {}
             Some(_) if aim.are_spent(end) => self.throttle(self.course.share * LESS, end, limits, why),
-            Some(0.0) => return self.give_up(&format!("{why}; and no throttle changes that")),
+            Some(0.0) if certain => return self.give_up(&format!("{why}; and no throttle changes that")),
+            Some(0.0) => {}
+            Some(share) if self.course.share < 1.0 => {
+                self.throttle(share.min(MORE * self.course.share), end, limits, why)
+            }
             Some(share) => self.throttle(share, end, limits, why),
         }
         self.next_round();
