@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use super::front::{self, Became, Pace};
 use crate::predict::{Dirtying, Zone};
 
 /// Ages are told apart by half octaves, from this one on.
@@ -31,13 +32,14 @@ const KEPT: f64 = 0.7;
 pub struct Ages {
     zone_pages: Vec<f64>,
     bins: Vec<[Bin; BINS]>,
+    pace: Pace,
 }
 
 impl Ages {
     /// Nothing yet, of zones with so many pages.
     pub fn new(zone_pages: Vec<f64>) -> Self {
         let bins = vec![[Bin::default(); BINS]; zone_pages.len()];
-        Self { zone_pages, bins }
+        Self { zone_pages, bins, pace: Pace::default() }
     }
 
     /// Of `pages` pages of a zone, whose bits had been cleared so long ago, so many are dirty.
@@ -48,6 +50,11 @@ impl Ages {
         bin.pages += pages as f64;
         bin.dirty += dirty as f64;
         bin.seconds += seconds * pages as f64;
+    }
+
+    /// In all, so many pages are dirty now, by the guest's clock.
+    pub fn total(&mut self, at: Duration, dirty_pages: f64) {
+        self.pace.seen(at, dirty_pages);
     }
 
     /// What was counted so far counts for less than what follows.
@@ -73,6 +80,16 @@ impl Ages {
             dirtying: Dirtying::measured(&curve(bins, &factors, pages), pages),
         };
         self.bins.iter().zip(&self.zone_pages).map(zone).collect()
+    }
+
+    /// Each zone's curve once the whole first pass has been seen, if the guest goes through its memory from front to back.
+    pub fn fronts(&self) -> Option<Vec<Zone>> {
+        let became = |(bins, pages): (&[Bin; BINS], &f64)| {
+            let seen = bins.iter().filter(|bin| bin.pages > 0.0);
+            Became::of(seen.map(|bin| (bin.seconds / bin.pages, pages * bin.dirty / bin.pages)))
+        };
+        let became: Vec<Became> = self.bins.iter().zip(&self.zone_pages).map(became).collect();
+        front::zones(&became, &self.zone_pages, &self.pace)
     }
 
     /// For each bin that some zone has reached: the mean age, and how many times as many pages are dirty there as in the bin before.

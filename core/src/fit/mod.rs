@@ -13,6 +13,7 @@
 
 mod ages;
 mod clock;
+mod front;
 mod outlook;
 mod resent;
 mod watch;
@@ -29,6 +30,8 @@ use crate::predict::{Dirtying, Workload, Zone, dirty_after_round};
 const SPEED_CHANGE: f64 = 0.5;
 /// How far the model is expected to be off: one standard deviation of the pages dirty after a round, as a share,
 const MODEL_ERROR: f64 = 0.04;
+/// more where it is luck how often a writer meets the sender,
+const FRONT_ERROR: f64 = 0.4;
 /// and in pages (stacks, the kernel's own).
 const STRAY_PAGES: f64 = 20.0;
 /// However little a round says of it, a guest does not write so many times as fast as it did, or as slowly.
@@ -37,6 +40,7 @@ const FASTEST: f64 = 100.0;
 const TRIES: std::ops::RangeInclusive<i32> = -32..=32;
 /// Further off than this, the curves of the first pass say nothing of the guest any more.
 const OTHER_HABITS: f64 = 0.5;
+const OTHER_THAN_FRONTS: f64 = 2.0;
 
 /// What is known of the guest.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -49,13 +53,15 @@ pub struct Fit {
     dirty_pages: Vec<f64>,
     /// Pages of each zone that the first pass has still to send. Empty: it is over.
     unsent_pages: Vec<f64>,
+    /// It goes through its memory from front to back.
+    is_front: bool,
 }
 
 impl Fit {
     /// Something has been seen in the first pass, or at its end.
     pub fn first_pass(&mut self, seen: Seen) {
         if let Some(zones) = seen.zones {
-            (self.zones, self.speed) = (zones, 1.0);
+            (self.zones, self.speed, self.is_front) = (zones, 1.0, seen.is_front);
         }
         (self.dirty_pages, self.unsent_pages) = (seen.dirty_pages, seen.unsent_pages);
     }
@@ -72,7 +78,11 @@ impl Fit {
         let seconds = seen.ran.as_secs_f64();
         let expected =
             |speed: f64| -> f64 { dirty_after_round(&self.workload_at(speed), &before, seconds).iter().sum() };
-        let variance = found + (MODEL_ERROR * found).powi(2) + STRAY_PAGES.powi(2);
+        let (model_error, other_habits) = match self.is_front {
+            true => (FRONT_ERROR, OTHER_THAN_FRONTS),
+            false => (MODEL_ERROR, OTHER_HABITS),
+        };
+        let variance = found + (model_error * found).powi(2) + STRAY_PAGES.powi(2);
         let unlikely = |&(steps, expected): &(f64, f64)| {
             (steps * std::f64::consts::LN_2 / SPEED_CHANGE).powi(2) + (found - expected).powi(2) / variance
         };
@@ -82,7 +92,7 @@ impl Fit {
             .min_by(|one, other| unlikely(one).total_cmp(&unlikely(other)));
         let Some((doublings, expected)) = likeliest else { return };
         self.speed = (self.speed * doublings.exp2()).clamp(1.0 / FASTEST, FASTEST);
-        if (found - expected).abs() > OTHER_HABITS * found + 10.0 * STRAY_PAGES {
+        if (found - expected).abs() > other_habits * found + 10.0 * STRAY_PAGES {
             self.learn_anew(seconds);
         }
     }
@@ -115,7 +125,7 @@ impl Fit {
         for (zone, dirty_pages) in self.zones.iter_mut().zip(&self.dirty_pages) {
             zone.dirtying = Dirtying::measured(&[(window, *dirty_pages)], zone.touched_pages);
         }
-        self.speed = 1.0;
+        (self.speed, self.is_front) = (1.0, false);
     }
 }
 

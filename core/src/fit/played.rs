@@ -160,9 +160,13 @@ impl Played {
         if sent == self.play.memory {
             self.dirty[part * PARTS..].fill(false);
         }
+        let dirty_pages = self.by_zone(|page| page < sent && self.dirty[page]);
+        self.ages.total(Duration::from_secs_f64(self.ran), dirty_pages.iter().sum());
+        let fronts = (sent == self.play.memory).then(|| self.ages.fronts()).flatten();
         Seen {
-            zones: Some(self.ages.zones()),
-            dirty_pages: self.by_zone(|page| page < sent && self.dirty[page]),
+            is_front: fronts.is_some(),
+            zones: Some(fronts.unwrap_or_else(|| self.ages.zones())),
+            dirty_pages,
             unsent_pages: if sent < self.play.memory { self.by_zone(|page| page >= sent) } else { Vec::new() },
             ran: Duration::from_secs_f64(self.ran),
             again_wire_bytes: None,

@@ -26,6 +26,8 @@ const APART: u32 = 50;
 pub struct Seen {
     /// U(t) of each zone. `None`: as before.
     pub zones: Option<Vec<Zone>>,
+    /// The guest goes through its memory from front to back.
+    pub is_front: bool,
     /// Pages dirty in each zone, of those that have been visited.
     pub dirty_pages: Vec<f64>,
     /// Pages of each zone that the first pass has still to send. Empty: it is over.
@@ -144,6 +146,7 @@ impl Watch {
         self.due = looked + INTERVAL.max((looked - began) * APART);
         Ok(Seen {
             zones: Some(self.ages.zones()),
+            is_front: false,
             dirty_pages,
             unsent_pages: self.unsent_pages(layout),
             ran: self.ran(looked),
@@ -169,15 +172,17 @@ impl Watch {
             // All that is pending now was not visited again: this was the last moment to tell.
             self.interpolate(now, |_| true);
             self.count(layout, now, Duration::MAX, |index| pages.pending.get(index));
-            self.ages.zones()
+            self.ages.fronts().map_or_else(|| (self.ages.zones(), false), |zones| (zones, true))
         });
         self.over = true;
         let mut dirty_pages = vec![0.0; ZONES];
         for index in pages.pending.stripes() {
             dirty_pages[sampling::zone_of(index, layout.stripes())] += f64::from(count(&pages.pending.get(index)));
         }
+        let (zones, is_front) = zones.unzip();
         Seen {
             zones,
+            is_front: is_front.unwrap_or(false),
             dirty_pages,
             unsent_pages: Vec::new(),
             ran: self.ran(now),
@@ -241,6 +246,7 @@ impl Watch {
             }
             pages[zone] += dirty as f64 * self.scale;
         }
+        self.ages.total(now, pages.iter().sum());
         pages
     }
 }
