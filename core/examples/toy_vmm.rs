@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use godwit_core::bitmap::PageBits;
 use godwit_core::destination::{DestinationOptions, DestinationOutcome, receive};
-use godwit_core::machine::{RegionDescription, SectionVersion};
+use godwit_core::machine::{Hold, RegionDescription, SectionVersion};
 use godwit_core::progress::Silent;
 use godwit_core::source::{SourceMigration, SourceOptions, SourceOutcome};
 use godwit_core::{
@@ -239,7 +239,7 @@ impl SourceMachine for ToyMachine {
         Ok(())
     }
 
-    fn throttle(&self, _share: f64) {}
+    fn throttle(&self, _hold: Hold) {}
 }
 
 impl DirtyLog for Inner {

@@ -60,13 +60,33 @@ pub trait SourceMachine: Send + Sync {
     /// back first, if it was let go of.
     fn resume(&self) -> Result<(), MachineError>;
 
-    /// Leaves the guest this share of what it writes at its full speed, by holding back the vCPUs that write; those that only read are
-    /// left alone, if the VMM can tell. 1.0: no limit, from the moment this returns.
-    fn throttle(&self, share: f64);
+    /// Holds the guest back, by the vCPUs that write; those that only read are left alone, if the VMM can tell. [`Hold::NONE`]: not any more, from
+    /// the moment this returns.
+    fn throttle(&self, hold: Hold);
 
     /// Does now what would make [`SourceMachine::pause`] take longer, such as flushing disks. Called every now and then while
     /// the guest runs and its memory is being sent, from a thread of its own that nothing waits for.
     fn settle(&self) {}
+}
+
+/// What a guest is left while it is held back.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Hold {
+    /// Of what it writes at its full speed, as a share of its time; 1: all of it.
+    pub share: f64,
+    /// It writes no more than so many clean pages a second, if the VMM can tell: a guest that is not busy all the time gets as much done in less
+    /// time. `None`: its time alone is limited.
+    pub pages_per_s: Option<f64>,
+}
+
+impl Hold {
+    /// It runs at its full speed.
+    pub const NONE: Self = Self::to(1.0);
+
+    /// To a share of its time.
+    pub const fn to(share: f64) -> Self {
+        Self { share, pages_per_s: None }
+    }
 }
 
 /// A question to a destination, and the judgement of its answer: the second leg of preflight. Dropped as soon as it has been

@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use godwit_core::machine::Hold;
 use godwit_core::{
     DirtyLog, FillableMemory, GuestMemory, Inquiry, LoadContext, MachineDescription, MachineError, PageRun, Section,
     SourceMachine,
@@ -291,8 +292,8 @@ impl SourceMachine for Machine {
         Ok(self.inner.resume()?)
     }
 
-    fn throttle(&self, share: f64) {
-        self.inner.throttle.set(share);
+    fn throttle(&self, hold: Hold) {
+        self.inner.throttle.set(hold);
     }
 
     fn settle(&self) {

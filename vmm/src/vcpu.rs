@@ -20,6 +20,7 @@ use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+pub(crate) use self::pace::Held;
 use self::pace::Pace;
 use crate::devices::{Devices, Effect};
 use crate::error::VmmError;
@@ -33,8 +34,8 @@ const MAX_COMPLETIONS: u32 = 4096;
 enum Command {
     Run,
     Pause(Sender<()>),
-    /// From now on run for this share of the time only.
-    Throttle(f64),
+    /// From now on run for this share of the time only, and take no more faults.
+    Throttle(Held),
     With(Box<dyn FnOnce(&VcpuFd) + Send>),
     Exit,
 }
@@ -57,7 +58,7 @@ pub(crate) type Notify = Arc<dyn Fn(Notice) + Send + Sync>;
 pub(crate) struct Vcpu {
     id: u32,
     thread_id: i32,
-    faults: Option<FaultCounter>,
+    faults: Option<Arc<FaultCounter>>,
     commands: Sender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -65,7 +66,8 @@ pub(crate) struct Vcpu {
 impl Vcpu {
     /// Starts the thread of vCPU `id`, which stays idle.
     pub(crate) fn spawn(id: u32, fd: VcpuFd, devices: Arc<Devices>, notify: Notify) -> Result<Self, VmmError> {
-        let faults = FaultCounter::open(&fd);
+        let faults = FaultCounter::open(&fd).map(Arc::new);
+        let counter = faults.clone();
         let (commands, receiver) = mpsc::channel();
         let (started, has_started) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -77,7 +79,8 @@ impl Vcpu {
                 let _ = started.send(thread_id);
                 let mut fd = fd;
                 receive_kicks(&mut fd, |fd| {
-                    Runner { id, fd, commands: receiver, devices, notify, running: false, pace: None }.serve()
+                    Runner { id, fd, commands: receiver, devices, notify, running: false, faults: counter, pace: None }
+                        .serve()
                 });
             })
             .map_err(VmmError::os(format!("cannot start the thread of vCPU {id}")))?;
@@ -111,9 +114,9 @@ impl Vcpu {
         self.kick();
     }
 
-    /// Leaves it this share of its time from now on; all of it from 1 on.
-    pub(crate) fn throttle(&self, share: f64) {
-        self.send(Command::Throttle(share));
+    /// Holds it back from now on.
+    pub(crate) fn throttle(&self, held: Held) {
+        self.send(Command::Throttle(held));
         self.kick();
     }
 
@@ -173,6 +176,7 @@ struct Runner<'a> {
     devices: Arc<Devices>,
     notify: Notify,
     running: bool,
+    faults: Option<Arc<FaultCounter>>,
     /// While it is throttled.
     pace: Option<Pace>,
 }
@@ -267,18 +271,18 @@ impl Runner<'_> {
                 // The one who asked may have given up.
                 let _ = done.send(());
             }
-            Command::Throttle(share) => self.throttle(share),
+            Command::Throttle(held) => self.throttle(held),
             Command::With(body) => body(self.fd),
             Command::Exit => return Next::Exit,
         }
         Next::Continue
     }
 
-    fn throttle(&mut self, share: f64) {
+    fn throttle(&mut self, held: Held) {
         match &mut self.pace {
-            _ if share >= 1.0 => self.pace = None,
-            Some(pace) => pace.set(share),
-            None => match Pace::new(share) {
+            _ if held.share >= 1.0 => self.pace = None,
+            Some(pace) => pace.set(held),
+            None => match Pace::new(held, self.faults.clone()) {
                 Ok(pace) => self.pace = Some(pace),
                 Err(error) => tracing::warn!("cannot throttle vCPU {}: {error}", self.id),
             },

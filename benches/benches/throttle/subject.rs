@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use godwit_core::layout::STRIPE_PAGES;
+use godwit_core::machine::Hold;
 use godwit_core::{GuestMemory, SourceMachine};
 use godwit_vmm::config::{ByteSize, GuestKind};
 use godwit_vmm::workload::WriterConfig;
@@ -105,7 +106,7 @@ impl Subject for Bitmap {
     }
 
     fn hold(&self, share: f64, _full_pages_per_s: f64) {
-        self.machine.throttle(share);
+        self.machine.throttle(Hold::to(share));
     }
 
     fn spent(&self) -> (Duration, Duration) {

@@ -107,6 +107,11 @@ impl Fit {
         self.speed
     }
 
+    /// If it goes through its memory from front to back: how many pages a second it wrote in the first pass, in its own time.
+    pub fn front_pages_per_s(&self) -> Option<f64> {
+        self.is_front.then(|| self.zones.iter().map(|zone| zone.dirtying.pages_per_s()).sum())
+    }
+
     /// Pages dirty in each zone. `None`: too little has been seen.
     pub fn dirty_pages(&self) -> Option<&[f64]> {
         let known = !self.zones.is_empty() && self.zones.len() == self.dirty_pages.len();

@@ -309,7 +309,7 @@ impl Driver {
             Action::SendMissing => self.send_missing(),
             Action::Serve => self.serve(),
             Action::Push => self.pages.push(),
-            Action::Throttle { share } => self.throttle(share),
+            Action::Throttle(hold) => self.throttle(hold),
             Action::HangUp => self.hang_up(),
             Action::Finish(outcome) => return Some(*outcome),
             Action::Connect => self.connect(None),

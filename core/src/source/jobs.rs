@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::control::Done;
 use super::sending::SourcePages;
-use crate::machine::{MachineError, SourceMachine};
+use crate::machine::{Hold, MachineError, SourceMachine};
 use crate::message::TimedStep;
 use crate::ownership::Holding;
 use crate::pending::{Harvester, forget_vmm_writes};
@@ -73,7 +73,7 @@ pub fn stop_guest(
         began = ended;
     };
     // However and wherever the guest goes on, it does so at its full speed.
-    machine.throttle(1.0);
+    machine.throttle(Hold::NONE);
     machine.pause(limit)?;
     // Whatever ends the move from here on gives the right back before the guest resumes.
     if let Some(holding) = ownership {
@@ -105,7 +105,7 @@ pub fn restore(machine: &dyn SourceMachine, ownership: Option<&Holding>, resume:
     // The guest first: it has waited long enough.
     let resumed = take_back(machine, ownership, resume);
     if !planted(Plant::KeepThrottle) {
-        machine.throttle(1.0);
+        machine.throttle(Hold::NONE);
     }
     resumed
 }

@@ -35,8 +35,8 @@ impl SourceMachine for Meddling {
     fn resume(&self) -> Result<(), MachineError> {
         self.0.resume()
     }
-    fn throttle(&self, share: f64) {
-        self.0.throttle(share);
+    fn throttle(&self, hold: godwit_core::machine::Hold) {
+        self.0.throttle(hold);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use godwit_core::Inquiry;
+use godwit_core::machine::Hold;
 
 use super::*;
 
@@ -61,8 +62,8 @@ impl SourceMachine for Asks {
     fn resume(&self) -> Result<(), MachineError> {
         self.machine.resume()
     }
-    fn throttle(&self, share: f64) {
-        self.machine.throttle(share);
+    fn throttle(&self, hold: Hold) {
+        self.machine.throttle(hold);
     }
     fn settle(&self) {
         self.settled.fetch_add(1, Ordering::SeqCst);

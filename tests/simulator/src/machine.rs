@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use godwit_core::layout::{Layout, STRIPE_PAGES, Stripe, StripeBits};
 use godwit_core::machine::{
-    DestinationMachine, DirtyLog, FillableMemory, LoadContext, MachineDescription, MachineError, PageRun, Section,
-    SectionVersion, SourceMachine,
+    DestinationMachine, DirtyLog, FillableMemory, Hold, LoadContext, MachineDescription, MachineError, PageRun,
+    Section, SectionVersion, SourceMachine,
 };
 use godwit_core::table::is_zero;
 use godwit_core::touched::TouchedPages;
@@ -414,8 +414,8 @@ impl SourceMachine for Machine {
         Ok(())
     }
 
-    fn throttle(&self, share: f64) {
-        self.hardware().throttle = share;
+    fn throttle(&self, hold: Hold) {
+        self.hardware().throttle = hold.share;
     }
 }
 

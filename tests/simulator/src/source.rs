@@ -297,9 +297,9 @@ impl World {
             Action::Serve => self.source_serves(end),
             Action::Push => self.source_begins_to_push((process, end)),
             Action::EndChannels => self.source_orders((process, end), Order::End, usize::MAX),
-            Action::Throttle { share } => {
-                self.source_notes_held(end, share);
-                self.source_queues_job((process, end), Job::Throttle { share });
+            Action::Throttle(hold) => {
+                self.source_notes_held(end, hold.share);
+                self.source_queues_job((process, end), Job::Throttle(hold));
             }
             Action::HangUp => self.source_hangs_up(end),
             Action::Finish(outcome) => return Some(*outcome),

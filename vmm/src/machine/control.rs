@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use godwit_core::machine::Hold;
 use vm_memory::GuestAddress;
 
 use super::{Inner, MachineEvent, MachineStatus};
@@ -101,7 +102,7 @@ impl Inner {
         {
             let _whole = lock(&self.whole);
             lock(&self.life).advance(MachineStatus::Stopped);
-            self.throttle.set(1.0);
+            self.throttle.set(Hold::NONE);
             if self.ram.is_filling() {
                 at_rest = self.dismiss_vcpus() & self.close_devices();
             } else {

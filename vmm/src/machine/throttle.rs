@@ -2,14 +2,17 @@
 //!
 //! A vCPU that is held back runs and rests by turns, and rests in proportion to what it has run: a duty cycle. By how much depends on how much it writes, as far as that
 //! is known: all are held to one and the same rate of writing, so that those that write less than that, or only read, are left alone.
+//! Where a rate in pages is given too, each has its part of that.
 
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use godwit_core::machine::Hold;
+
 use crate::sync::lock;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Held, Vcpu};
 
 /// How long faults are counted before they are believed.
 const COUNT_INTERVAL: Duration = Duration::from_millis(100);
@@ -30,7 +33,7 @@ pub(super) struct Throttle {
 }
 
 struct Worker {
-    shares: Sender<f64>,
+    holds: Sender<Hold>,
     thread: JoinHandle<()>,
 }
 
@@ -40,46 +43,46 @@ impl Throttle {
         Self { vcpus, worker: Mutex::new(None) }
     }
 
-    /// Leaves the guest this share of what it writes at its full speed.
-    pub(super) fn set(&self, share: f64) {
+    /// Holds the guest back, or does not any more.
+    pub(super) fn set(&self, hold: Hold) {
         let mut worker = lock(&self.worker);
-        if share.is_nan() || share >= 1.0 {
-            if let Some(Worker { shares, thread }) = worker.take() {
-                drop(shares);
+        if hold.share.is_nan() || hold.share >= 1.0 {
+            if let Some(Worker { holds, thread }) = worker.take() {
+                drop(holds);
                 if thread.join().is_err() {
                     tracing::error!("the throttle's thread panicked");
                 }
             }
             return;
         }
-        let share = share.max(MIN_SHARE);
+        let hold = Hold { share: hold.share.max(MIN_SHARE), ..hold };
         if worker.is_none() {
             *worker = self.start();
         }
-        if let Some(Worker { shares, .. }) = &*worker {
+        if let Some(Worker { holds, .. }) = &*worker {
             // The thread only ends when the sender is dropped.
-            let _ = shares.send(share);
+            let _ = holds.send(hold);
         }
     }
 
     fn start(&self) -> Option<Worker> {
-        let (shares, wanted) = mpsc::channel();
+        let (holds, wanted) = mpsc::channel();
         let vcpus = Arc::clone(&self.vcpus);
         let thread = thread::Builder::new().name("throttle".into()).spawn(move || {
-            let Ok(mut share) = wanted.recv() else { return };
+            let Ok(mut hold) = wanted.recv() else { return };
             let mut writers = Writers::new(&vcpus);
             loop {
-                writers.leave(&vcpus, share);
+                writers.leave(&vcpus, &hold);
                 match wanted.recv_timeout(COUNT_INTERVAL) {
-                    Ok(changed) => share = changed,
+                    Ok(changed) => hold = changed,
                     Err(RecvTimeoutError::Timeout) => writers.count(&vcpus),
                     Err(RecvTimeoutError::Disconnected) => break,
                 }
             }
-            vcpus.iter().for_each(|vcpu| vcpu.throttle(1.0));
+            vcpus.iter().for_each(|vcpu| vcpu.throttle(Held::NOT));
         });
         match thread {
-            Ok(thread) => Some(Worker { shares, thread }),
+            Ok(thread) => Some(Worker { holds, thread }),
             Err(error) => {
                 tracing::warn!("cannot throttle the guest: {error}");
                 None
@@ -95,20 +98,28 @@ struct Writers {
     /// Faults per second that each would take at its full speed. `None`: not known.
     rates: Option<Vec<f64>>,
     /// What each was left since they were counted.
-    left: Vec<f64>,
+    left: Vec<Held>,
 }
 
 impl Writers {
     fn new(vcpus: &[Vcpu]) -> Self {
-        Self { counted: Instant::now(), faults: read(vcpus), rates: None, left: vec![1.0; vcpus.len()] }
+        Self { counted: Instant::now(), faults: read(vcpus), rates: None, left: vec![Held::NOT; vcpus.len()] }
     }
 
     /// Leaves each of them so much that all together write this share of what they would.
-    fn leave(&mut self, vcpus: &[Vcpu], share: f64) {
-        let left = match &self.rates {
-            Some(rates) => hold(rates, share),
-            None => vec![share; vcpus.len()],
+    fn leave(&mut self, vcpus: &[Vcpu], Hold { share, pages_per_s }: &Hold) {
+        let even = vec![1.0; vcpus.len()];
+        let shares = self.rates.as_ref().map_or_else(|| vec![*share; vcpus.len()], |rates| hold(rates, *share));
+        let writes: Vec<f64> =
+            shares.iter().zip(self.rates.as_ref().unwrap_or(&even)).map(|(share, rate)| share * rate).collect();
+        let all: f64 = writes.iter().sum();
+        let of = |(share, writes): (&f64, &f64)| Held {
+            share: *share,
+            faults_per_s: pages_per_s
+                .filter(|_| *share < 1.0 && all > 0.0)
+                .map(|pages_per_s| pages_per_s * writes / all),
         };
+        let left: Vec<Held> = shares.iter().zip(&writes).map(of).collect();
         if left == self.left {
             return;
         }
@@ -133,7 +144,8 @@ impl Writers {
             .map(|(before, now)| Some(now.as_ref()?.saturating_sub((*before)?)))
             .collect();
         let Some(taken) = taken.filter(|taken| taken.iter().sum::<u64>() >= TELLING_FAULTS) else { return };
-        let rates = taken.iter().zip(&self.left).map(|(faults, left)| *faults as f64 / seconds / left.max(MIN_SHARE));
+        let rates =
+            taken.iter().zip(&self.left).map(|(faults, left)| *faults as f64 / seconds / left.share.max(MIN_SHARE));
         self.rates = Some(match &self.rates {
             Some(before) => rates.zip(before).map(|(now, before)| KEPT * before + (1.0 - KEPT) * now).collect(),
             None => rates.collect(),

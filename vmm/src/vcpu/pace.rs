@@ -1,11 +1,13 @@
-//! How a throttled vCPU spends its time: it runs and rests by turns, and rests in proportion to what it has run.
+//! How a throttled vCPU spends its time: it runs and rests by turns, and rests in proportion to what it has run, or to the faults that it took, whichever
+//! is more. Writing to a page that the dirty log has clean is a fault, where they are counted at all.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::kvm::Alarm;
+use crate::kvm::{Alarm, FaultCounter};
 
 /// So long a throttled vCPU rests at a time, as a rule at most: to whoever waits for the guest a rest is a pause.
 const USUAL_REST: Duration = Duration::from_millis(20);
@@ -29,26 +31,43 @@ const LONGEST_CREDIT: Duration = Duration::from_millis(20);
 /// The least share of its time that a vCPU keeps.
 const MIN_SHARE: f64 = 0.001;
 
+/// What a vCPU is left.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Held {
+    /// Of its time; from 1 on it is not held at all.
+    pub(crate) share: f64,
+    /// As far as they are counted.
+    pub(crate) faults_per_s: Option<f64>,
+}
+
+impl Held {
+    /// It runs at its full speed.
+    pub(crate) const NOT: Self = Self { share: 1.0, faults_per_s: None };
+}
+
 /// Keeps a vCPU to a share of its time. Lives on the vCPU's thread.
 pub(super) struct Pace {
     alarm: Alarm,
     account: Account,
+    counter: Option<Arc<FaultCounter>>,
+    faults: u64,
     /// The thread's CPU time when it went on.
     went_on_at: Duration,
 }
 
 impl Pace {
     /// From now on; [`Pace::goes_on`] begins.
-    pub(super) fn new(share: f64) -> io::Result<Self> {
-        let (alarm, account) = (Alarm::of_this_thread()?, Account::new(share));
-        let mut pace = Self { alarm, account, went_on_at: Duration::ZERO };
+    pub(super) fn new(held: Held, counter: Option<Arc<FaultCounter>>) -> io::Result<Self> {
+        let (alarm, account) = (Alarm::of_this_thread()?, Account::new(held, Instant::now()));
+        let faults = counter.as_ref().and_then(|counter| counter.read()).unwrap_or(0);
+        let mut pace = Self { alarm, account, counter, faults, went_on_at: Duration::ZERO };
         pace.goes_on();
         Ok(pace)
     }
 
-    /// Another share, from the next rest on.
-    pub(super) fn set(&mut self, share: f64) {
-        self.account.share = clamp(share);
+    /// Something else, from the next rest on.
+    pub(super) fn set(&mut self, held: Held) {
+        self.account.set(held);
     }
 
     /// It enters the guest, after a rest or a pause.
@@ -61,7 +80,9 @@ impl Pace {
     /// Until when to rest, if it has run for long enough. What counts is the time that it has had a CPU: on a busy host it would rest for waiting too.
     pub(super) fn rest(&mut self) -> Option<Instant> {
         let ran = thread_time().saturating_sub(self.went_on_at);
-        let until = self.account.rest(Instant::now(), ran);
+        let faults = self.counter.as_ref().and_then(|counter| counter.read()).unwrap_or(self.faults);
+        let taken = faults.saturating_sub(std::mem::replace(&mut self.faults, faults));
+        let until = self.account.rest(Instant::now(), ran, taken);
         if until.is_none() {
             self.alarm.set(self.account.run().saturating_sub(ran).max(SHORTEST_ALARM));
         }
@@ -78,6 +99,11 @@ fn thread_time() -> Duration {
 /// The arithmetic of it.
 struct Account {
     share: f64,
+    faults_per_s: Option<f64>,
+    /// When faults were counted last.
+    counted: Instant,
+    /// Seconds for which it must not take a fault. Less than zero: it may take some at once.
+    faults_owed_s: f64,
     /// When it began to rest.
     rests_since: Option<Instant>,
     /// Rest that it still owes, in seconds. Less than zero: it has rested for too long.
@@ -85,8 +111,20 @@ struct Account {
 }
 
 impl Account {
-    fn new(share: f64) -> Self {
-        Self { share: clamp(share), rests_since: None, owed_s: 0.0 }
+    fn new(held: Held, now: Instant) -> Self {
+        let nothing =
+            Self { share: 1.0, faults_per_s: None, counted: now, faults_owed_s: 0.0, rests_since: None, owed_s: 0.0 };
+        let mut account = nothing;
+        account.set(held);
+        account
+    }
+
+    fn set(&mut self, held: Held) {
+        self.share = clamp(held.share);
+        self.faults_per_s = held.faults_per_s.filter(|limit| *limit > 0.0);
+        if self.faults_per_s.is_none() {
+            self.faults_owed_s = 0.0;
+        }
     }
 
     /// How long it runs between two rests.
@@ -111,13 +149,22 @@ impl Account {
         }
     }
 
-    fn rest(&mut self, now: Instant, ran: Duration) -> Option<Instant> {
-        if ran + SHORTEST_ALARM / 2 < self.run() {
+    /// `taken`: faults since this was last asked.
+    fn rest(&mut self, now: Instant, ran: Duration, taken: u64) -> Option<Instant> {
+        if let Some(limit) = self.faults_per_s {
+            let passed = now.saturating_duration_since(self.counted).as_secs_f64();
+            let owed = self.faults_owed_s + taken as f64 / limit - passed;
+            self.faults_owed_s = owed.clamp(-USUAL_REST.as_secs_f64(), LONGEST_DEBT.as_secs_f64());
+        }
+        self.counted = now;
+        let has_run = ran + SHORTEST_ALARM / 2 >= self.run();
+        if !has_run && self.faults_owed_s < SHORTEST_ALARM.as_secs_f64() {
             return None;
         }
         self.owed_s = (self.owed_s + ran.as_secs_f64() * self.rest_per_run()).min(LONGEST_DEBT.as_secs_f64());
         self.rests_since = Some(now);
-        Some(now + Duration::from_secs_f64(self.owed_s.clamp(0.0, LONGEST_REST.as_secs_f64())))
+        let rest = self.owed_s.max(self.faults_owed_s);
+        Some(now + Duration::from_secs_f64(rest.clamp(0.0, LONGEST_REST.as_secs_f64())))
     }
 }
 
@@ -133,10 +180,32 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn to(share: f64) -> Held {
+        Held { share, faults_per_s: None }
+    }
+
+    #[test]
+    fn one_that_does_its_work_in_little_time_is_held_by_its_faults() {
+        // Up to 50 faults in each millisecond that it runs, 6000 a second allowed.
+        let (start, mut now, mut faults) = (Instant::now(), Instant::now(), 0u64);
+        let mut account = Account::new(Held { share: 0.6, faults_per_s: Some(6000.0) }, start);
+        for _ in 0..1000 {
+            now += MS;
+            faults += 50;
+            now = account.rest(now, MS, 50).unwrap();
+            account.goes_on(now);
+        }
+        let rate = faults as f64 / (now - start).as_secs_f64();
+        assert!((5800.0..6200.0).contains(&rate), "{rate}");
+        // One that takes none is held by its time.
+        let until = account.rest(now + 200 * MS, MS, 0).unwrap();
+        assert!(until < now + 201 * MS, "{:?}", until - now);
+    }
+
     #[test]
     fn the_rest_is_what_the_share_leaves_of_what_was_run() {
         let now = Instant::now();
-        let rest = |share, ran| Account::new(share).rest(now, ran).map(|until| until - now);
+        let rest = |share, ran| Account::new(to(share), now).rest(now, ran, 0).map(|until| until - now);
         assert_eq!(rest(0.5, MS * 2), Some(MS * 2));
         assert_eq!(rest(0.25, MS * 3), Some(MS * 9));
         assert_eq!(rest(0.5, MS / 2), None, "it was interrupted for another reason");
@@ -154,12 +223,12 @@ mod tests {
             share in 0.02f64..0.8, late in prop::collection::vec((0u64..500, 0u64..4000), 500),
         ) {
             let (start, mut ran) = (Instant::now(), Duration::ZERO);
-            let mut account = Account::new(share);
+            let mut account = Account::new(to(share), start);
             let mut now = start;
             for (kicked_late_us, woken_late_us) in late {
                 let run = account.run() + Duration::from_micros(kicked_late_us);
                 (now, ran) = (now + run, ran + run);
-                now = account.rest(now, run).unwrap() + Duration::from_micros(if share < 0.3 { woken_late_us } else { woken_late_us / 10 });
+                now = account.rest(now, run, 0).unwrap() + Duration::from_micros(if share < 0.3 { woken_late_us } else { woken_late_us / 10 });
                 account.goes_on(now);
             }
             let reached = ran.as_secs_f64() / (now - start).as_secs_f64();

@@ -4,6 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use godwit_core::SourceMachine;
+use godwit_core::machine::Hold;
 use godwit_vmm::config::ByteSize;
 use godwit_vmm::workload::{Rate, WriterConfig};
 use godwit_vmm::{BootOptions, Machine, MachineConfig, MachineStatus};
@@ -86,14 +87,14 @@ fn a_throttled_guest_gets_its_share() {
         (share, self::sleeps(thread_id) - sleeps)
     };
     wait_until("the guest is not held back", || look().1 <= 2);
-    machine.throttle(0.1);
+    machine.throttle(Hold::to(0.1));
     wait_until("the guest has little of a CPU", || matches!(look(), (share, 5..) if share < 0.3));
     wait_for_progress(&machine);
     // While it rests it can be paused, and the throttle's end is felt.
     pause(&machine);
     machine.resume().unwrap();
     wait_until("it is still throttled", || matches!(look(), (share, 5..) if share < 0.3));
-    machine.throttle(1.0);
+    machine.throttle(Hold::NONE);
     wait_until("the guest is not held back any more", || look().1 <= 2);
     wait_for_progress(&machine);
 }
@@ -116,13 +117,13 @@ fn a_vcpu_that_only_reads_is_left_alone() {
         }
         [sleeps(writes) - before[0], sleeps(reads) - before[1]]
     };
-    machine.throttle(0.2);
+    machine.throttle(Hold::to(0.2));
     // A vCPU that is not throttled never sleeps.
     let until = Instant::now() + guests::PATIENCE;
     while !matches!(slept(Duration::from_millis(300)), [writer, reader] if writer >= 5 && reader <= 2) {
         assert!(Instant::now() < until, "who writes is not told from who reads");
     }
-    machine.throttle(1.0);
+    machine.throttle(Hold::NONE);
     machine.dirty_log().stop().unwrap();
 }
 

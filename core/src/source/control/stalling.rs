@@ -6,6 +6,7 @@ use super::rounds::TELLING_ROUND_BYTES;
 use super::{Action, RoundSent, SourceControl};
 use crate::estimate::BETWEEN_ROUNDS;
 use crate::fit::{Ahead, Fit, Outlook};
+use crate::machine::Hold;
 use crate::memory::PAGE_SIZE;
 use crate::phase::Phase;
 use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, MOST_FREE_ROUNDS, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
@@ -23,7 +24,7 @@ pub(super) const JUDGE_INTERVAL: Duration = Duration::from_millis(THROTTLED_AFTE
 
 /// How the move goes, as far as it is known.
 pub(super) struct Course {
-    fit: Fit,
+    pub(super) fit: Fit,
     pub(super) stall: Stall,
     /// What leaves, as the last round that was telling has shown.
     bytes_per_s: Option<f64>,
@@ -36,6 +37,8 @@ pub(super) struct Course {
     forcing: Option<String>,
     /// Of their time, what the vCPUs that write are left.
     pub(super) share: f64,
+    /// What was last asked for.
+    pub(super) hold: Hold,
     /// Rounds that were made although the limit was met.
     pub(super) free_rounds: u32,
     /// Rounds after the first pass at whose end the limits were not going to be met.
@@ -55,6 +58,7 @@ impl Default for Course {
             judged_at: Duration::ZERO,
             forcing: None,
             share: 1.0,
+            hold: Hold::NONE,
             free_rounds: 0,
             doubtful_rounds: 0,
             then: None,
@@ -72,7 +76,7 @@ impl Course {
 
     /// The guest runs at its full speed.
     pub(super) fn lifted(&mut self) {
-        self.share = 1.0;
+        (self.share, self.hold) = (1.0, Hold::NONE);
         self.then = None;
     }
 

@@ -2,6 +2,7 @@
 
 use super::stalling::JUDGE_INTERVAL;
 use super::{Action, SourceControl};
+use crate::machine::Hold;
 use crate::policy::{Limits, RoundEnd};
 
 /// The least share of time that vCPUs keep.
@@ -12,6 +13,9 @@ const LESS: f64 = 0.5;
 
 /// One round that leaves little does not lift a throttle: the next may leave a lot again. It gives back so many times what the guest was left.
 const MORE: f64 = 2.0;
+
+/// A guest that is busy all the time is held by its time alone, which is exact; only one that gets as much done in less comes up against its pages.
+const FREE_PLAY: f64 = 1.15;
 
 impl SourceControl {
     /// Two judgements in a row were clear.
@@ -58,9 +62,12 @@ impl SourceControl {
     /// Leaves the guest this share of its time, from now on; why it needs a throttle.
     fn throttle(&mut self, share: f64, end: &RoundEnd, limits: &Limits, why: &str) {
         let share = share.clamp(LEAST_SHARE, 1.0);
+        let pages_per_s = self.course.fit.front_pages_per_s().filter(|_| share < 1.0);
+        let hold = Hold { share, pages_per_s: pages_per_s.map(|all| share * FREE_PLAY * all) };
         let before = std::mem::replace(&mut self.course.share, share);
-        if share != before {
-            self.act(Action::Throttle { share });
+        if self.course.hold != hold {
+            self.course.hold = hold;
+            self.act(Action::Throttle(hold));
         }
         let outlook = self.outlook(end, limits).filter(|outlook| outlook.converges);
         self.course.then = outlook.map(|outlook| outlook.after_next_round);
@@ -78,7 +85,7 @@ impl SourceControl {
     /// Lets the guest run at its full speed.
     pub(super) fn lift_throttle(&mut self) {
         if self.course.share < 1.0 {
-            self.act(Action::Throttle { share: 1.0 });
+            self.act(Action::Throttle(Hold::NONE));
         }
         self.course.lifted();
     }

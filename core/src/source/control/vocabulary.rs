@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::channel::SessionToken;
 use crate::fit::Seen;
-use crate::machine::{MachineDescription, Refusal, Section};
+use crate::machine::{Hold, MachineDescription, Refusal, Section};
 use crate::message::{Message, TimedStep};
 use crate::ownership::Settlement;
 use crate::phase::Phase;
@@ -166,11 +166,8 @@ pub enum Action {
     CutRound,
     /// Let them finish rounds again.
     UncutRounds,
-    /// Leave the vCPUs that write this share of their time, from now on; 1: all of it.
-    Throttle {
-        /// Of their time.
-        share: f64,
-    },
+    /// Hold the vCPUs back that write, from now on.
+    Throttle(Hold),
     /// Hang up, and end the workers.
     HangUp,
     /// Say which pages are missing at the destination: all that are pending.

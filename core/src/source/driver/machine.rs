@@ -10,7 +10,7 @@ use super::super::control::NotOffered;
 use super::super::jobs;
 use super::{Data, Done, Driver, Event, Input, Told};
 use crate::link::ControlLink;
-use crate::machine::{Inquiry, MachineError, SourceMachine};
+use crate::machine::{Hold, Inquiry, MachineError, SourceMachine};
 use crate::memory_files::{self, MemoryOffer};
 use crate::message::Message;
 use crate::priority::run_promptly;
@@ -110,10 +110,10 @@ impl Driver {
         });
     }
 
-    /// Leaves the vCPUs that write this share of their time. Nobody waits for it.
-    pub(super) fn throttle(&mut self, share: f64) {
-        self.note_held(share);
-        if !self.jobs.queue(move |machine, _| machine.throttle(share)) {
+    /// Holds the vCPUs back that write. Nobody waits for it.
+    pub(super) fn throttle(&mut self, hold: Hold) {
+        self.note_held(hold.share);
+        if !self.jobs.queue(move |machine, _| machine.throttle(hold)) {
             self.input(Input::Failed("no thread could be started for the machine".into()));
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_core::audit;
-use godwit_core::machine::{DirtyLog, MachineError, SourceMachine};
+use godwit_core::machine::{DirtyLog, Hold, MachineError, SourceMachine};
 use godwit_core::source::control::{Done, Input};
 use godwit_core::source::{jobs, sending};
 
@@ -43,11 +43,8 @@ pub enum Job {
         /// Let it run.
         resume: bool,
     },
-    /// Leave the vCPUs this share of their time.
-    Throttle {
-        /// Of their time.
-        share: f64,
-    },
+    /// Hold the vCPUs back.
+    Throttle(Hold),
     /// Hash the stopped guest's memory.
     Audit,
 }
@@ -91,10 +88,10 @@ impl World {
         }
         let Some(job) = end.jobs.pop_front() else { return };
         end.job_since = None;
-        if let Job::Throttle { share } = job {
+        if let Job::Throttle(hold) = job {
             // Nobody waits for it.
-            self.note(format_args!("p{process} leaves its guest {:.0} % of its speed", share * 100.0));
-            end.machine.throttle(share);
+            self.note(format_args!("p{process} leaves its guest {:.0} % of its speed", hold.share * 100.0));
+            end.machine.throttle(hold);
             return self.source_starts_job((process, end));
         }
         let input = match carry_out(end, job) {
@@ -131,7 +128,7 @@ fn carry_out(end: &mut SourceEnd, job: Job) -> Result<Done, MachineError> {
             jobs::stop_guest(machine, ownership, dirty, end.pause_limit, &now)
         }
         Job::LetGo => jobs::let_go(machine),
-        Job::Throttle { .. } => Err(MachineError::new("nobody waits for that")),
+        Job::Throttle(_) => Err(MachineError::new("nobody waits for that")),
         Job::BreakOff { resume } => {
             jobs::take_back(machine, ownership, resume)?;
             let pages = pages()?;

@@ -80,7 +80,7 @@ fn moved(writes_per_s: f64, options: SourceOptions) -> Move {
         while let Some(action) = control.poll_action() {
             match action {
                 Action::Say(text) => said.push(text),
-                Action::Throttle { share } => guest.shares.push(share),
+                Action::Throttle(hold) => guest.shares.push(hold.share),
                 Action::StopGuest => {
                     guest.shares.push(1.0);
                     answers

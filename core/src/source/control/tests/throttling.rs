@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::fit::played::{Order, PAGE, Play, Played, SENT_PER_S, path};
+use crate::machine::Hold;
 use crate::policy::{Limits, THROTTLED_AFTER};
 use crate::predict::{standing_after, throttled_share};
 use crate::source::OnStall;
@@ -72,7 +73,7 @@ fn moved(play: Play, limits: &Limits, seed: u64) -> Moved {
         let mut answers = Vec::new();
         while let Some(action) = control.poll_action() {
             match action {
-                Action::Throttle { share } => {
+                Action::Throttle(Hold { share, .. }) => {
                     played.share = share;
                     shares.push((now, share));
                 }
