@@ -3,9 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::machine::RegionDescription;
+use crate::machine::{MachineDescription, RegionDescription, Verdict};
 use crate::memory_files::OfferedRegion;
-use crate::message::{RoundStart, TableSum, Version};
+use crate::message::{PrepareRequest, RoundStart, TableSum, Version};
+use crate::ownership::store::ClaimAnswer;
 
 fn hello() -> Message {
     let version = Version { major: VERSION.major, minor: 0 };

@@ -1,6 +1,7 @@
 //! Post-copy, as far as it is the destination's control plane's until the machine is its own.
 
 use super::*;
+use crate::postcopy::Missing;
 
 fn missing(last: bool) -> Input {
     Input::Message(Message::Missing(Missing { whole: vec![(0, 1)], partly: Vec::new(), last }))
