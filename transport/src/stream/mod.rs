@@ -6,7 +6,7 @@
 mod dial;
 mod files;
 mod listener;
-mod tcp_info;
+mod tcp;
 
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -31,6 +31,9 @@ const TCP_UNSENT_BYTES: u32 = 128 << 10;
 
 /// The send buffer asked for on a unix socket, whose default (208 KiB) costs a context switch for every few pages.
 const UNIX_SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// Pages are read once they are all there, or so much of them: the kernel makes the receive buffer twice as large, if it is smaller.
+const MOST_AWAITED_BYTES: usize = 128 << 10;
 
 /// At most this much unread input is thrown away on close.
 const DISCARD_LIMIT_BYTES: usize = 1 << 20;
@@ -124,8 +127,18 @@ impl ChannelReader for StreamReader {
     }
 
     fn read_volatile(&mut self, buffer: &mut VolatileSlice<'_, ()>) -> io::Result<usize> {
+        let Shared { socket, passes_files, .. } = &*self.shared;
+        // Pages come a run at a time. Woken up for each packet, who reads would go through the scheduler several times for one.
+        let awaited = buffer.len().min(MOST_AWAITED_BYTES);
+        if !passes_files {
+            tcp::wake_for(socket, awaited)?;
+        }
         // `read(2)` straight into guest memory.
-        self.shared.read_with(|| self.shared.socket.as_fd().read_volatile(buffer).map_err(into_io_error))
+        let read = self.shared.read_with(|| socket.as_fd().read_volatile(buffer).map_err(into_io_error));
+        if !passes_files {
+            tcp::wake_for(socket, 1)?;
+        }
+        read
     }
 
     fn take_files(&mut self) -> Vec<OwnedFd> {
@@ -192,7 +205,7 @@ impl ChannelWriter for StreamWriter {
     }
 
     fn held_up_by_peer(&self) -> Option<Duration> {
-        tcp_info::receive_window_limited(&self.shared.socket)
+        tcp::receive_window_limited(&self.shared.socket)
     }
 
     fn finish(&mut self) -> io::Result<()> {

@@ -1,5 +1,6 @@
-//! What the kernel knows of a TCP connection.
+//! What the kernel knows of a TCP connection, and when it is to wake up who reads.
 
+use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -31,6 +32,23 @@ pub(super) fn receive_window_limited(socket: &Socket) -> Option<Duration> {
     Some(Duration::from_micros(microseconds))
 }
 
+/// Whoever reads from the socket is woken up once so many bytes are there (`SO_RCVLOWAT`, socket(7)), or no more can come: the peer has
+/// ended, the connection is broken, or the window is full. Reads of fewer bytes are not woken up before either.
+pub(super) fn wake_for(socket: &Socket, bytes: usize) -> io::Result<()> {
+    let bytes = bytes.clamp(1, i32::MAX as usize) as libc::c_int;
+    // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel reads the length given of `bytes`.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            size_of_val(&bytes) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -58,6 +76,27 @@ mod tests {
         drop(socket);
         assert_eq!(reading.join().unwrap(), 32 << 20);
         assert!(held_up >= Duration::from_millis(100), "{held_up:?}");
+    }
+
+    #[test]
+    fn who_waits_for_much_is_not_woken_up_for_little_and_hears_of_the_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let socket = Socket::from(listener.accept().unwrap().0);
+        wake_for(&socket, 64 << 10).unwrap();
+        let writing = thread::spawn(move || {
+            for _ in 0..32 {
+                std::io::Write::write_all(&mut peer, &[1; 2 << 10]).unwrap();
+                thread::sleep(Duration::from_millis(2));
+            }
+            // Less than is waited for, and then the end.
+            std::io::Write::write_all(&mut peer, &[1; 100]).unwrap();
+        });
+        let mut bytes = vec![0; 64 << 10];
+        assert_eq!((&socket).read(&mut bytes).unwrap(), 64 << 10, "in one go");
+        assert_eq!((&socket).read(&mut bytes).unwrap(), 100);
+        assert_eq!((&socket).read(&mut bytes).unwrap(), 0);
+        writing.join().unwrap();
     }
 
     #[test]
