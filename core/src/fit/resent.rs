@@ -14,7 +14,9 @@ use crate::view::MemoryView;
 const RUNS: usize = 16;
 /// The time that the guest is given to rewrite them.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// So many rewritten pages say enough.
+/// So many rewritten pages say something: a guest that writes to few of many pages rewrites hardly one of the copied ones between two looks.
+const TELLING_PAGES: u64 = 16;
+/// So many say enough.
 const ENOUGH_PAGES: u64 = 64;
 
 /// The pages that are copied.
@@ -52,7 +54,7 @@ impl Resent {
 
     /// Bytes on the wire of a page that is sent again. `None`: too few were rewritten so far.
     pub(super) fn wire_bytes(&self) -> Option<f64> {
-        self.rewritten.slow_wire_bytes().filter(|_| self.rewritten.pages() >= ENOUGH_PAGES)
+        self.rewritten.slow_wire_bytes().filter(|_| self.rewritten.pages() >= TELLING_PAGES)
     }
 }
 
