@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -30,6 +31,10 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a guest may take to fill its memory and write its working set.
 const SETTLE_LIMIT: Duration = Duration::from_secs(120);
+
+/// For how long memory that a move is to find is held: free page reporting goes over what is free 2 s after some was freed
+/// (`PAGE_REPORTING_DELAY` in Linux' mm/page_reporting.c).
+const HELD: Duration = Duration::from_millis(3000);
 
 /// Where other programs listen at the destination.
 const PORT: u16 = 4444;
@@ -241,7 +246,8 @@ fn export(case: &Case, image: &Path) -> Result<()> {
 }
 
 /// Makes sure that as much free memory as the guest has is really there. On a machine that is itself virtual, its host may have taken
-/// free memory back, and the next who touches it waits for it: that would be whichever move happens to come first.
+/// free memory back, and the next who touches it waits for it: that would be whichever move happens to come first. A kernel reports free
+/// memory some time after some was freed (`HELD`): memory is freed after what was freed before has been reported, and so remains.
 fn provide_memory(case: &Case) -> Result<()> {
     let memory = guest_memory(case.workload.pages() * 4096, MemoryBacking::Private, false)?;
     for region in memory.iter() {
@@ -249,6 +255,7 @@ fn provide_memory(case: &Case) -> Result<()> {
             region.write_obj(1u8, MemoryRegionAddress(offset))?;
         }
     }
+    thread::sleep(HELD);
     Ok(())
 }
 
