@@ -100,7 +100,8 @@ impl Limits {
 pub enum Decision {
     /// Another round.
     Continue,
-    /// Another round once the destination has caught up: nothing but what is on its way stands against the limit.
+    /// Another round once the destination has caught up: nothing but what is on its way stands against the limit, or it would make up most
+    /// of the pause.
     AwaitQueue,
     /// Stop the guest: the limit is met.
     Stop,
@@ -138,11 +139,30 @@ impl RoundEnd {
             && next.duration + then <= now.mul_f64(LONGER)
     }
 
+    /// Whether most of the pause would be waiting for what has been sent already. Waiting before it takes as long and keeps nobody from
+    /// running; what is dirtied meanwhile is sent by another round, of which something must be known.
+    fn waiting_is_free(&self, limits: &Limits) -> bool {
+        let (now, then) = (self.predicted_pause(), self.caught_up().predicted_pause());
+        self.next.is_some()
+            && self.round < limits.max_rounds
+            && limits.timeout.is_none_or(|timeout| self.elapsed + now < timeout)
+            && then <= now.mul_f64(SHORTER)
+    }
+
+    /// The same, once the destination has caught up.
+    fn caught_up(&self) -> Self {
+        RoundEnd { queued_bytes: 0, applying: Duration::ZERO, ..*self }
+    }
+
     /// The stop rule, and what happens when it is not met in time.
     pub fn decide(&self, limits: &Limits) -> Decision {
         let pause = self.predicted_pause();
         if pause <= limits.downtime {
-            return if self.another_is_free(limits) { Decision::Continue } else { Decision::Stop };
+            return match (self.waiting_is_free(limits), self.another_is_free(limits)) {
+                (true, _) => Decision::AwaitQueue,
+                (false, true) => Decision::Continue,
+                (false, false) => Decision::Stop,
+            };
         }
         if self.fixed > limits.downtime && limits.on_stall != OnStall::Force {
             // No number of rounds makes the pause shorter than what it takes with nothing to send.
@@ -158,8 +178,7 @@ impl RoundEnd {
                 format!("{} rounds after the first pass were not enough", self.round)
             }
             None => {
-                let caught_up = RoundEnd { queued_bytes: 0, applying: Duration::ZERO, ..*self };
-                return match caught_up.predicted_pause() <= limits.downtime {
+                return match self.caught_up().predicted_pause() <= limits.downtime {
                     true => Decision::AwaitQueue,
                     false => Decision::Continue,
                 };
@@ -228,6 +247,20 @@ mod tests {
         assert_eq!(decided(RoundEnd { round: 3, ..next(5 * MS, 100) }), Decision::Stop, "no round is left");
         let timed = Limits { timeout: Some(105 * MS), ..limits(OnStall::Abort) };
         assert_eq!(next(5 * MS, 100).decide(&timed), Decision::Stop, "no time is left");
+    }
+
+    #[test]
+    fn waits_before_the_pause_rather_than_in_it() {
+        let next = Some(NextRound { duration: MS, dirty_pages: 10 });
+        // F takes 2 ms, what is dirty 0.5 ms.
+        let queued = |queued_bytes| RoundEnd { queued_bytes, next, ..end(0, 100) };
+        let decided = |end: RoundEnd| end.decide(&limits(OnStall::Abort));
+        assert_eq!(decided(queued(5_000_000)), Decision::AwaitQueue);
+        assert_eq!(decided(queued(2_000_000)), Decision::Stop, "less than half of it");
+        assert_eq!(decided(RoundEnd { next: None, ..queued(5_000_000) }), Decision::Stop, "nothing is known");
+        assert_eq!(decided(RoundEnd { round: 3, ..queued(5_000_000) }), Decision::Stop, "no round is left");
+        let timed = Limits { timeout: Some(101 * MS), ..limits(OnStall::Abort) };
+        assert_eq!(queued(5_000_000).decide(&timed), Decision::Stop, "no time is left");
     }
 
     #[test]

@@ -62,6 +62,7 @@ impl SourceControl {
         let end = RoundEnd { next: self.next_round_is(&end), ..end };
         match end.decide(&limits) {
             Decision::AwaitQueue => {
+                self.course.free_rounds += u32::from(end.predicted_pause() <= limits.downtime);
                 self.queue_awaited_since = Some(self.now);
                 self.act(Action::AwaitQueue);
             }
