@@ -34,8 +34,6 @@ const MODEL_ERROR: f64 = 0.04;
 const FRONT_ERROR: f64 = 0.4;
 /// and in pages (stacks, the kernel's own).
 const STRAY_PAGES: f64 = 20.0;
-/// A guest that is held is compared with its curves from so many pages on.
-const ENOUGH_PAGES: f64 = 50.0 * STRAY_PAGES;
 /// However little a round says of it, a guest does not write so many times as fast as it did, or as slowly.
 const FASTEST: f64 = 100.0;
 /// Speeds that are tried, in eighths of a doubling: from a sixteenth to sixteen times the last one.
@@ -57,44 +55,15 @@ pub struct Fit {
     unsent_pages: Vec<f64>,
     /// It goes through its memory from front to back.
     is_front: bool,
-    /// For how long it had run in the first pass at the last look, in its own time.
-    ran: Duration,
-    /// What it has dirtied in the first pass since it has been held.
-    held: Gain,
-}
-
-/// Pages dirtied, counted and as the curves have it.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Gain {
-    found: f64,
-    expected: f64,
 }
 
 impl Fit {
     /// Something has been seen in the first pass, or at its end.
     pub fn first_pass(&mut self, seen: Seen) {
-        self.note_held(&seen);
         if let Some(zones) = seen.zones {
-            (self.zones, self.speed, self.is_front) = (zones, self.held.speed(), seen.is_front);
+            (self.zones, self.speed, self.is_front) = (zones, 1.0, seen.is_front);
         }
         (self.dirty_pages, self.unsent_pages) = (seen.dirty_pages, seen.unsent_pages);
-    }
-
-    /// The curves of what was sent before a guest was held are those of a guest that was not: it found most pages dirty already and was quick.
-    /// Held, it comes upon more and more clean ones, each of which takes it a fault, and is slower in its own time too.
-    fn note_held(&mut self, seen: &Seen) {
-        let since = seen.ran.saturating_sub(std::mem::replace(&mut self.ran, seen.ran)).as_secs_f64();
-        if !seen.is_held {
-            self.held = Gain::default();
-        } else if self.dirty_pages.len() == self.zones.len() {
-            let gain = |(zone, dirty): (&Zone, &f64)| match zone.dirtying.window(*dirty) {
-                age if age.is_finite() => zone.dirtying.pages(age + since) - zone.dirtying.pages(age),
-                _ => 0.0,
-            };
-            let expected: f64 = self.zones.iter().zip(&self.dirty_pages).map(gain).sum();
-            let found = seen.dirty_pages.iter().sum::<f64>() - self.dirty_pages.iter().sum::<f64>();
-            self.held = Gain { found: self.held.found + found, expected: self.held.expected + expected };
-        }
     }
 
     /// A round after the first pass has left this dirty.
@@ -162,16 +131,6 @@ impl Fit {
             zone.dirtying = Dirtying::measured(&[(window, *dirty_pages)], zone.touched_pages);
         }
         (self.speed, self.is_front) = (1.0, false);
-    }
-}
-
-impl Gain {
-    /// How many times as fast as the curves have it. It is not faster for being held.
-    fn speed(self) -> f64 {
-        match self.expected >= ENOUGH_PAGES {
-            true => (self.found / self.expected).clamp(1.0 / FASTEST, 1.0),
-            false => 1.0,
-        }
     }
 }
 

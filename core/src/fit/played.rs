@@ -169,7 +169,6 @@ impl Played {
             dirty_pages,
             unsent_pages: if sent < self.play.memory { self.by_zone(|page| page >= sent) } else { Vec::new() },
             ran: Duration::from_secs_f64(self.ran),
-            is_held: self.share < 1.0,
             again_wire_bytes: None,
         }
     }

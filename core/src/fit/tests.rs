@@ -174,26 +174,3 @@ fn what_was_not_seen_gives_no_outlook() {
     seen.interrupted();
     assert_eq!(outlook(&seen), None);
 }
-
-/// One zone of 10,000 pages, written to at random, of which 5,000 are dirty.
-#[test]
-fn a_guest_that_is_slower_for_being_held_is_known_as_such_in_the_first_pass() {
-    let writer = Dirtying::random(20_000.0, 10_000.0);
-    let zones = vec![Zone { touched_pages: 10_000.0, dirtying: writer.clone() }];
-    let seen = |ran_ms: u64, dirty: f64, is_held| Seen {
-        zones: Some(zones.clone()),
-        dirty_pages: vec![dirty],
-        ran: Duration::from_millis(ran_ms),
-        is_held,
-        ..Seen::default()
-    };
-    let after = |seconds: f64| writer.pages(writer.window(5_000.0) + seconds);
-    let mut fit = Fit::default();
-    fit.first_pass(seen(1000, 5_000.0, false));
-    assert_eq!(fit.speed(), 1.0);
-    // A fifth of a second of its own, in which it did as much as is expected of a tenth.
-    fit.first_pass(seen(1200, after(0.1), true));
-    assert!((0.5..0.6).contains(&fit.speed()), "{}", fit.speed());
-    fit.first_pass(seen(1250, after(0.1), false));
-    assert_eq!(fit.speed(), 1.0, "it is not held any more");
-}

@@ -34,8 +34,6 @@ pub struct Seen {
     pub unsent_pages: Vec<f64>,
     /// For how long the guest has run in this round, in its own time.
     pub ran: Duration,
-    /// It is left less than all of its time.
-    pub is_held: bool,
     /// Bytes on the wire of a page that is sent again, where differences may be sent instead; as far as known.
     pub again_wire_bytes: Option<f64>,
 }
@@ -152,7 +150,6 @@ impl Watch {
             dirty_pages,
             unsent_pages: self.unsent_pages(layout),
             ran: self.ran(looked),
-            is_held: self.clock.is_held(),
             again_wire_bytes: self.again_wire_bytes(),
         })
     }
@@ -189,7 +186,6 @@ impl Watch {
             dirty_pages,
             unsent_pages: Vec::new(),
             ran: self.ran(now),
-            is_held: self.clock.is_held(),
             again_wire_bytes: self.again_wire_bytes(),
         }
     }
