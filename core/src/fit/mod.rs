@@ -42,6 +42,11 @@ const TRIES: std::ops::RangeInclusive<i32> = -32..=32;
 const OTHER_HABITS: f64 = 0.5;
 const OTHER_THAN_FRONTS: f64 = 2.0;
 
+/// What the first write to a clean page costs a guest, beside the write: a fault that KVM handles. Measured (docs/convergence.md).
+const FAULT_SECONDS: f64 = 3e-6;
+/// Guests that would spend less of their time on faults do other things beside writing, or nothing: faults do not hold them up.
+const FEW_FAULTS: f64 = 0.2;
+
 /// What is known of the guest.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Fit {
@@ -55,13 +60,15 @@ pub struct Fit {
     unsent_pages: Vec<f64>,
     /// It goes through its memory from front to back.
     is_front: bool,
+    /// Some round after the first pass has told its speed.
+    compared: bool,
 }
 
 impl Fit {
     /// Something has been seen in the first pass, or at its end.
     pub fn first_pass(&mut self, seen: Seen) {
         if let Some(zones) = seen.zones {
-            (self.zones, self.speed, self.is_front) = (zones, 1.0, seen.is_front);
+            (self.zones, self.speed, self.is_front, self.compared) = (zones, 1.0, seen.is_front, false);
         }
         (self.dirty_pages, self.unsent_pages) = (seen.dirty_pages, seen.unsent_pages);
     }
@@ -91,6 +98,7 @@ impl Fit {
             .map(|doublings| (doublings, expected(self.speed * doublings.exp2())))
             .min_by(|one, other| unlikely(one).total_cmp(&unlikely(other)));
         let Some((doublings, expected)) = likeliest else { return };
+        self.compared = true;
         self.speed = (self.speed * doublings.exp2()).clamp(1.0 / FASTEST, FASTEST);
         if (found - expected).abs() > other_habits * found + 10.0 * STRAY_PAGES {
             self.learn_anew(seconds);
@@ -105,6 +113,17 @@ impl Fit {
     /// How many times as fast it writes as it did in the first pass, in its own time.
     pub fn speed(&self) -> f64 {
         self.speed
+    }
+
+    /// How many times as fast as its speed says it will write in rounds to come. In the first pass it found most pages dirty already; in those it
+    /// finds nearly all of them clean, and each takes it a fault. What rounds have shown includes that.
+    fn speed_where_clean(&self) -> f64 {
+        let first_writes_per_s: f64 = self.zones.iter().map(|zone| zone.dirtying.pages_per_s()).sum();
+        let faults = first_writes_per_s * FAULT_SECONDS;
+        match self.compared || self.is_front || faults < FEW_FAULTS {
+            true => 1.0,
+            false => 1.0 / (1.0 + faults),
+        }
     }
 
     /// If it goes through its memory from front to back: how many pages a second it wrote in the first pass, in its own time.

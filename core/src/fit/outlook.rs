@@ -92,7 +92,7 @@ impl Fit {
     /// enough. `None`: too little is known.
     pub fn throttled_share(&self, ahead: &Ahead) -> Option<f64> {
         let (standing, limits) = (self.standing(ahead)?, ahead.limits_alone());
-        Some(throttled_share(&standing, &self.workload(1.0, ahead), &ahead.path, &limits))
+        Some(throttled_share(&standing, &self.workload(self.speed_where_clean(), ahead), &ahead.path, &limits))
     }
 
     fn standing(&self, ahead: &Ahead) -> Option<Standing> {

@@ -174,3 +174,18 @@ fn what_was_not_seen_gives_no_outlook() {
     seen.interrupted();
     assert_eq!(outlook(&seen), None);
 }
+
+#[test]
+fn in_the_first_pass_a_busy_writer_is_quicker_than_it_will_be() {
+    let fit = |pages_per_s: f64| {
+        let zones = vec![Zone { touched_pages: 60_000.0, dirtying: Dirtying::random(pages_per_s, 60_000.0) }];
+        let mut fit = Fit::default();
+        fit.first_pass(Seen { zones: Some(zones), dirty_pages: vec![40_000.0], ..Seen::default() });
+        fit
+    };
+    assert!((0.4..0.5).contains(&fit(450_000.0).speed_where_clean()), "{}", fit(450_000.0).speed_where_clean());
+    assert_eq!(fit(20_000.0).speed_where_clean(), 1.0, "it has other things to do");
+    let mut told = fit(450_000.0);
+    told.round(Seen { dirty_pages: vec![30_000.0], ran: Duration::from_millis(100), ..Seen::default() });
+    assert_eq!(told.speed_where_clean(), 1.0, "a round has told");
+}
