@@ -50,6 +50,10 @@ pub trait ChannelWriter: Send {
         None
     }
 
+    /// Says that the guest stands still for what is written from now on: whatever else a connection does from time to time, such as
+    /// measuring the link, it leaves until later if it can.
+    fn hasten(&mut self) {}
+
     /// Says that nothing more will be written; what was written is still delivered.
     fn finish(&mut self) -> io::Result<()>;
 }

@@ -95,6 +95,9 @@ impl Worker {
     fn carry_out(&mut self, order: Order, events: &Sender<Event>) -> Result<Report, WorkerError> {
         let shared = Arc::clone(&self.shared);
         let (flow, log) = (&shared.flow, shared.machine.dirty_log());
+        if let Order::Final { .. } = order {
+            self.writer.hasten();
+        }
         self.channel.begin(order);
         loop {
             flow.check_stopped()?;

@@ -208,6 +208,10 @@ impl ChannelWriter for StreamWriter {
         tcp::receive_window_limited(&self.shared.socket)
     }
 
+    fn hasten(&mut self) {
+        tcp::do_not_probe(&self.shared.socket);
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.shared.check()?;
         self.shared.socket.shutdown(Shutdown::Write)
