@@ -48,7 +48,7 @@ pub fn start(
     switch: &Namespace,
     kept: bool,
 ) -> Result<Recorded> {
-    let log = boot.run.join(format!("{}.qemu.log", host.name));
+    let log = program_log(boot.run, host.name);
     let mut command = qemu(host, boot, disk);
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(File::create(&log).with_context(|| format!("cannot create {}", log.display()))?);
@@ -75,6 +75,11 @@ pub fn start_in(command: &mut Command, namespace: &Namespace, kept: bool, name: 
 /// Where a host's console is written.
 pub fn console_log(run: &Path, host: &str) -> PathBuf {
     run.join(format!("{host}.console.log"))
+}
+
+/// Where what a host's QEMU says is written.
+pub fn program_log(run: &Path, host: &str) -> PathBuf {
+    run.join(format!("{host}.qemu.log"))
 }
 
 /// Where a host's settings lie, which it sees at `/opt/godwit/host`.

@@ -208,14 +208,17 @@ impl Lab {
             run: &self.run,
             tsc_khz: tsc::khz(),
         };
+        let mut machines = Vec::new();
         for plan in &HOSTS {
             let disk = (plan.role == "storage").then_some(disk.as_path());
             let process = machine::start(plan, &boot, disk, &self.wires.switch, options.kept)?;
-            self.state.processes.push(process);
+            self.state.processes.push(process.clone());
             self.state.save(&self.run)?;
+            machines.push(process);
         }
-        for host in &self.hosts {
-            let master = host.connect(&self.wires.switch, options.kept, BOOT_LIMIT.saturating_sub(start.elapsed()))?;
+        for (host, machine) in self.hosts.iter().zip(&machines) {
+            let left = BOOT_LIMIT.saturating_sub(start.elapsed());
+            let master = host.connect(machine, &self.wires.switch, options.kept, left)?;
             self.state.processes.push(master);
             self.state.save(&self.run)?;
         }

@@ -4,7 +4,7 @@
 //! connection per host is opened when the host is up, and all commands share it: a handshake takes long where the
 //! other end's processor is emulated.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -79,12 +79,12 @@ impl Host {
 
     /// What its console has shown.
     pub fn console(&self) -> String {
-        let log = std::fs::read(machine::console_log(&self.run, self.name())).unwrap_or_default();
+        let log = fs::read(machine::console_log(&self.run, self.name())).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()
     }
 
-    /// Opens the connection that all commands use, once sshd answers.
-    pub fn connect(&self, switch: &Namespace, kept: bool, limit: Duration) -> Result<Recorded> {
+    /// Opens the connection that all commands use, once sshd answers in the machine that is `process`.
+    pub fn connect(&self, process: &Recorded, switch: &Namespace, kept: bool, limit: Duration) -> Result<Recorded> {
         let deadline = Instant::now() + limit;
         let log = self.run.join(format!("{}.ssh.log", self.name()));
         loop {
@@ -95,9 +95,13 @@ impl Host {
             let left = deadline.saturating_duration_since(Instant::now());
             // The socket is there once the two have shaken hands.
             wait::until_true(&format!("{} is reached by ssh", self.name()), left, || {
-                Ok(self.socket.exists() || !master.is_running())
+                Ok(self.socket.exists() || !master.is_running() || !process.is_running())
             })
             .with_context(|| self.describe())?;
+            if !process.is_running() {
+                let said = fs::read_to_string(machine::program_log(&self.run, self.name())).unwrap_or_default();
+                bail!("{}'s QEMU has ended: {}", self.name(), process::tail(&said));
+            }
             if master.is_running() {
                 return Ok(master);
             }
