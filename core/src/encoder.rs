@@ -7,6 +7,7 @@
 use crate::chunk::{Chunk, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, MAX_PROBE_BYTES, ZeroRun};
 use crate::delta;
 use crate::memory::PAGE_SIZE;
+use crate::output::Output;
 use crate::progress::PageCounts;
 use crate::table::{Page, is_zero};
 
@@ -25,7 +26,7 @@ pub struct ZstdLevel(pub i32);
 
 /// The sending side of one data channel.
 pub struct ChannelEncoder {
-    out: Vec<u8>,
+    out: Output,
     /// The run of raw pages at the end of `out` that is still open: where its header starts and its first frame.
     run: Option<Run>,
     zeros: Vec<ZeroRun>,
@@ -66,7 +67,7 @@ impl ChannelEncoder {
     /// An encoder that sends pages as they are (`None`) or compresses runs of them.
     pub fn new(zstd: Option<ZstdLevel>) -> std::io::Result<Self> {
         let mut encoder = Self {
-            out: Vec::with_capacity(2 * OUTPUT_BYTES),
+            out: Output::with_capacity(2 * OUTPUT_BYTES),
             run: None,
             zeros: Vec::new(),
             deltas: Vec::new(),
@@ -155,7 +156,8 @@ impl ChannelEncoder {
         self.close_run();
         let (pages, length) = (std::mem::take(&mut self.delta_pages), self.deltas.len());
         self.put(Chunk::Delta { frame: self.stripe_frame, pages, length });
-        self.out.append(&mut self.deltas);
+        self.out.extend(&self.deltas);
+        self.deltas.clear();
     }
 
     /// Encodes the page at `offset` in the stripe. `copy` fetches its contents, once.
@@ -167,10 +169,10 @@ impl ChannelEncoder {
         }
         let header_at = self.out.len();
         if self.run.is_none() {
-            self.out.resize(header_at + HEADER_BYTES, 0);
+            self.out.add_room(HEADER_BYTES);
         }
         let page_at = self.out.len();
-        self.out.resize(page_at + PAGE_SIZE, 0);
+        self.out.add_room(PAGE_SIZE);
         copy(page_mut(&mut self.out, page_at));
         if is_zero(page_mut(&mut self.out, page_at)) {
             // What was made room for goes again: the page's place, and the header's if it was the run's first.
@@ -198,7 +200,7 @@ impl ChannelEncoder {
         }
         self.put(Chunk::Zero { frame: self.stripe_frame, runs: self.zeros.len() });
         for run in self.zeros.drain(..) {
-            self.out.extend_from_slice(&run.encode());
+            self.out.extend(&run.encode());
         }
     }
 
@@ -222,12 +224,14 @@ impl ChannelEncoder {
         self.put(Chunk::Probe { length: MAX_PROBE_BYTES });
         // Not zeros: a link that compresses would look faster than it is.
         let mut x = 0x9e37_79b9_7f4a_7c15u64;
-        self.out.extend((0..MAX_PROBE_BYTES / 8).flat_map(|_| {
+        let at = self.out.len();
+        self.out.add_room(MAX_PROBE_BYTES);
+        for word in self.out[at..].chunks_exact_mut(8) {
             x ^= x << 13;
             x ^= x >> 7;
             x ^= x << 17;
-            x.to_le_bytes()
-        }));
+            word.copy_from_slice(&x.to_le_bytes());
+        }
     }
 
     /// Bytes encoded and not yet cleared.
@@ -260,7 +264,7 @@ impl ChannelEncoder {
     }
 
     fn put(&mut self, chunk: Chunk) {
-        self.out.extend_from_slice(&chunk.encode());
+        self.out.extend(&chunk.encode());
         self.chunks += 1;
     }
 

@@ -59,6 +59,7 @@ pub mod touched;
 pub mod view;
 
 mod link;
+mod output;
 mod priority;
 mod random;
 mod sync;
