@@ -13,7 +13,6 @@ use crate::cloud_hypervisor::{CloudHypervisor, Request};
 use crate::counters::{CounterSampler, Interface, cap_error_max_pct};
 use crate::godwit::{Ended, Node};
 use crate::heartbeat::Gap;
-use crate::qemu::Qemu;
 use crate::sampler::{Sampler, Target};
 use crate::{wait, workload};
 
@@ -115,29 +114,31 @@ pub fn measure(
     Ok(Measured { total_ms: ms(total_ns), downtime_ms, gap, link, outcome })
 }
 
-/// Has QEMU move its machine from `source` to `destination`, which waits at `uri`. Each answer about its progress is shown to `show`.
-/// `seen_from`: the first status in which the destination's memory is looked at; from the start if `None`.
-pub fn measure_qemu(
-    source: &Qemu,
-    destination: &Qemu,
+/// Has the process behind `qmp`, which is QEMU or speaks as it does, move its machine to the process `destination`, which waits at `uri`.
+/// Each answer about its progress is shown to `show`. `seen_from`: the first status in which the destination's memory is looked at; from
+/// the start if `None`. Gives the total in ms and the gap.
+pub fn measure_by_qmp(
+    mut qmp: Client,
+    destination: Pid,
     target: Target,
     (uri, seen_from): (&str, Option<&'static str>),
     limit: Duration,
     mut show: impl FnMut(&mut Client, &Value) -> Result<()>,
-) -> Result<Measured> {
-    let mut watch = Watch { seen_from, ..Watch::start(target, destination.process.pid()) };
-    let mut qmp = source.qmp()?;
+) -> Result<(f64, Gap)> {
+    let mut watch = Watch { seen_from, ..Watch::start(target, destination) };
     let start_ns = monotonic_ns();
     qmp.execute("migrate", json!({ "uri": uri }))?;
-    let mut outcome = Value::Null;
     let total_ns = watch.until_completed(start_ns, limit, || {
-        outcome = qmp.execute("query-migrate", json!({}))?;
-        show(&mut qmp, &outcome)?;
-        Ok(outcome["status"].as_str().unwrap_or_default().to_owned())
+        let answer = match qmp.execute("query-migrate", json!({})) {
+            Ok(answer) => answer,
+            // A source may end as soon as its machine has moved; it tells so before.
+            Err(ClientError::Closed) => return completed_event(&mut qmp),
+            Err(error) => return Err(error.into()),
+        };
+        show(&mut qmp, &answer)?;
+        Ok(answer["status"].as_str().unwrap_or_default().to_owned())
     })?;
-    let gap = watch.gap()?;
-    let downtime_ms = outcome["downtime"].as_f64().context("query-migrate has no downtime")?;
-    Ok(Measured { total_ms: ms(total_ns), downtime_ms, gap, link: None, outcome })
+    Ok((ms(total_ns), watch.gap()?))
 }
 
 /// Has Cloud Hypervisor send its machine to `destination` by `send`; gives the total in ms and the gap. It says nothing of its downtime.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use godwit_vmm::config::MemoryBacking;
 use godwit_vmm::guest_memory;
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -20,7 +20,8 @@ use super::watch::Watch;
 use crate::cloud_hypervisor::CloudHypervisor;
 use crate::godwit::Node;
 use crate::harness::{Scene, binary};
-use crate::measure::{NotCompleted, measure, measure_cloud_hypervisor, measure_qemu};
+use crate::heartbeat::Gap;
+use crate::measure::{NotCompleted, measure_by_qmp, measure_cloud_hypervisor};
 use crate::netns::Hosts;
 use crate::qemu::{Place, Qemu};
 use crate::sampler::{Sampler, Target};
@@ -62,7 +63,7 @@ pub struct Moved {
     pub cut: Option<String>,
 }
 
-/// Moves a guest of the case with Godwit, at its defaults but for link and downtime limit.
+/// Moves a guest of the case with Godwit, by the same commands as with QEMU.
 pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     let (scene, hosts) = (Scene::new()?, hosts(case)?);
     let source = Node::sender(&scene, "source", Some(hosts.host(0)), &case.workload, &[])?;
@@ -70,30 +71,39 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     let destination = Node::receiver(&scene, "destination", Some(hosts.host(1)), &listen, &["--insecure"])?;
     let target = source.heartbeats(case.workload.vcpus)?;
     settle(case, target)?;
-    let limit = format!("{}ms", downtime_limit(case, downtime_limit_ms));
-    let mut options = vec!["--downtime-limit", &limit];
-    if case.copy == Copying::Post {
-        options.extend(["--on-stall", "postcopy"]);
-    }
-    if case.link == Link::Capped {
-        options.extend(["--max-bandwidth", "1Gbit"]);
-    }
+    let mut qmp = source.qmp()?;
+    let cap = (case.link == Link::Capped).then_some(LINK_BYTES_PER_S as u64);
+    qmp.execute("migrate-set-parameters", parameters(case, cap, downtime_limit(case, downtime_limit_ms)))?;
+    let uri = destination.uri()?;
     provide_memory(case)?;
-    let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), destination.process.pid()])?;
+    let [pid, destination_pid] = [source.process.pid(), destination.process.pid()];
+    let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination_pid])?;
     let mut switch = Switch::new(case);
-    let mut second = source.qmp()?;
-    let measured = measure(&source, &destination, target, None, &options, LIMIT, |progress| {
-        if switch.is_due(progress["round"].as_u64()) {
+    let measured = measure_by_qmp(qmp, destination_pid, target, (&uri, None), LIMIT, |qmp, progress| {
+        if switch.is_due(progress) {
             // It may have gone over by itself meanwhile.
-            let _ = second.execute(START_POSTCOPY, json!({}));
+            let _ = qmp.execute(START_POSTCOPY, json!({}));
         }
+        Ok(())
     });
-    let measured = measured.map(|measured| (measured.total_ms, measured.gap.gap_ms));
     let moved = Moved::new(measured, watch).with_context(|| scene.logs())?;
     if moved.cut.is_none() {
         destination.ensure_guest_whole(&case.workload)?;
     }
     Ok(moved)
+}
+
+/// Godwit's defaults, but for link and downtime limit.
+fn parameters(case: &Case, cap: Option<u64>, downtime_limit_ms: u64) -> Value {
+    let mut parameters = json!({
+        "x-godwit-insecure": true,
+        "max-bandwidth": cap.unwrap_or(0),
+        "downtime-limit": downtime_limit_ms,
+    });
+    if case.copy == Copying::Post {
+        parameters["x-godwit-on-stall"] = json!("postcopy");
+    }
+    parameters
 }
 
 /// Moves the same guest with another program.
@@ -129,15 +139,13 @@ fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<M
     // In post-copy QEMU discards what is stale before it registers memory: whoever reads there meanwhile puts pages of zeros in the way,
     // and the move breaks.
     let seen_from = (case.copy == Copying::Post).then_some("postcopy-active");
-    let measured = measure_qemu(&source, &destination, target, (&uri, seen_from), LIMIT, |qmp, progress| {
-        // It counts the first pass as 1.
-        let round = progress["ram"]["dirty-sync-count"].as_u64().map(|passes| passes.saturating_sub(1));
-        if switch.is_due(round) {
+    let to = (&*uri, seen_from);
+    let measured = measure_by_qmp(source.qmp()?, destination.process.pid(), target, to, LIMIT, |qmp, progress| {
+        if switch.is_due(progress) {
             qmp.execute(START_POSTCOPY, json!({}))?;
         }
         Ok(())
     });
-    let measured = measured.map(|measured| (measured.total_ms, measured.gap.gap_ms));
     Moved::new(measured, watch).with_context(|| scene.logs())
 }
 
@@ -155,7 +163,7 @@ fn by_cloud_hypervisor(case: &Case, binary: &Path, connections: u32, downtime_li
     let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
     let send = || source.send(&to, connections, downtime_limit_ms);
     let measured = measure_cloud_hypervisor(&source, &destination, target, send, LIMIT);
-    Moved::new(measured.map(|(total_ms, gap)| (total_ms, gap.gap_ms)), watch).with_context(|| scene.logs())
+    Moved::new(measured, watch).with_context(|| scene.logs())
 }
 
 /// The guest of another program, found by its memory, once it can be moved.
@@ -184,20 +192,21 @@ impl Switch {
         Self { waits: case.copy == Copying::Post }
     }
 
-    /// `round`: 0 is the first pass.
-    fn is_due(&mut self, round: Option<u64>) -> bool {
-        let due = self.waits && round.is_some_and(|round| round > 0);
+    /// `progress`: what `query-migrate` answers, which counts the first pass as 1.
+    fn is_due(&mut self, progress: &Value) -> bool {
+        let passes = progress["ram"]["dirty-sync-count"].as_u64();
+        let due = self.waits && passes.is_some_and(|passes| passes > 1);
         self.waits &= !due;
         due
     }
 }
 
 impl Moved {
-    /// `measured`: total and gap in ms.
-    fn new(measured: Result<(f64, f64)>, watch: Watch) -> Result<Self> {
+    /// `measured`: total in ms, and the gap.
+    fn new(measured: Result<(f64, Gap)>, watch: Watch) -> Result<Self> {
         let cost = watch.finish()?;
         let (total_ms, gap_ms, cut) = match measured {
-            Ok((total_ms, gap_ms)) => (total_ms, Some(gap_ms), None),
+            Ok((total_ms, gap)) => (total_ms, Some(gap.gap_ms), None),
             Err(error) => match error.downcast_ref::<NotCompleted>() {
                 Some(why) => (LIMIT.as_secs_f64() * 1e3, None, Some(why.to_string())),
                 None => return Err(error),
