@@ -21,6 +21,8 @@ pub struct Shared {
     left: AtomicU64,
     open: Mutex<Vec<Arc<dyn HangUp>>>,
     pub broken: AtomicUsize,
+    /// How often a data channel was told that the guest stands still for what comes.
+    hastened: AtomicUsize,
 }
 
 impl Breaking {
@@ -31,6 +33,7 @@ impl Breaking {
             left: AtomicU64::new(left),
             open: Mutex::default(),
             broken: AtomicUsize::new(0),
+            hastened: AtomicUsize::new(0),
         };
         Self { inner, first, shared: Arc::new(shared) }
     }
@@ -88,6 +91,11 @@ impl ChannelWriter for BreakingWriter {
         self.inner.bytes_on_wire()
     }
 
+    fn hasten(&mut self) {
+        self.shared.hastened.fetch_add(1, Ordering::SeqCst);
+        self.inner.hasten();
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.inner.finish()
     }
@@ -126,6 +134,8 @@ fn a_move_survives_breaks_at_any_byte() {
         let SourceOutcome::Moved(report) = &*outcome else { panic!("{outcome:?}") };
         let broken = shared.broken.load(Ordering::SeqCst);
         assert!(broken > 0 && !report.reconnections.is_empty(), "{broken} breaks, {report:?}");
+        let hastened = shared.hastened.load(Ordering::SeqCst);
+        assert!(hastened >= usize::from(channels), "{hastened} of {channels} channels knew that the guest stood still");
         assert!(report.audit.as_deref().is_some_and(|audit| audit.starts_with("ok: ")), "{:?}", report.audit);
         let sum = |bytes: fn(&Reconnection) -> u64| report.reconnections.iter().map(bytes).sum::<u64>();
         let allowed = sum(|broken| broken.unacknowledged_bytes) + sum(|broken| broken.dirtied_bytes);
