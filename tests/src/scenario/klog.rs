@@ -40,14 +40,9 @@ impl Line {
         let (level, at_us) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
         Some(Self { level, at_us, text: fields.next()?.to_owned() })
     }
-
-    /// The text without what differs from run to run.
-    fn kind(&self) -> String {
-        kind(&self.text)
-    }
 }
 
-/// `text` without addresses, counts and times.
+/// `text` without what differs from run to run: addresses, counts, times.
 fn kind(text: &str) -> String {
     let mut kind = String::new();
     for word in text.split_inclusive(|c: char| !c.is_ascii_alphanumeric()) {
@@ -73,8 +68,8 @@ impl std::fmt::Display for Line {
 
 /// The lines of `log` the like of which neither `control` nor longer control runs have.
 pub fn beyond<'a>(log: &'a [Line], control: &[Line]) -> Vec<&'a Line> {
-    let known: BTreeSet<String> = control.iter().map(Line::kind).chain(OF_CONTROL_RUNS.map(kind)).collect();
-    log.iter().filter(|line| !known.contains(&line.kind())).collect()
+    let known: BTreeSet<String> = control.iter().map(|line| &*line.text).chain(OF_CONTROL_RUNS).map(kind).collect();
+    log.iter().filter(|line| !known.contains(&kind(&line.text))).collect()
 }
 
 #[cfg(test)]
