@@ -76,10 +76,10 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     qmp.execute("migrate-set-parameters", parameters(case, cap, downtime_limit(case, downtime_limit_ms)))?;
     let uri = destination.uri()?;
     provide_memory(case)?;
-    let [pid, destination_pid] = [source.process.pid(), destination.process.pid()];
-    let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination_pid])?;
+    let receiver = destination.process.pid();
+    let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), receiver])?;
     let mut switch = Switch::new(case);
-    let measured = measure_by_qmp(qmp, destination_pid, target, (&uri, None), LIMIT, |qmp, progress| {
+    let measured = measure_by_qmp(qmp, receiver, target, (&uri, None), LIMIT, |qmp, progress| {
         if switch.is_due(progress) {
             // It may have gone over by itself meanwhile.
             let _ = qmp.execute(START_POSTCOPY, json!({}));
