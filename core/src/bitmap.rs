@@ -3,6 +3,7 @@
 //! Above the bits of each stripe (2 MiB) is one that says whether any of them may be set. Whoever looks for bits that are set reads
 //! one word for 128 MiB of memory in which there are none: what is idle costs next to nothing, however large it is.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
@@ -56,6 +57,16 @@ impl PageBits {
             0 => 0,
             _ => words[index].swap(0, Ordering::AcqRel),
         })
+    }
+
+    /// Takes the bits in some of a stripe's words, leaving the others.
+    pub fn take_words(&self, stripe: usize, words: Range<usize>) -> StripeBits {
+        let within = |index: usize| words.contains(&index);
+        if self.get(stripe).iter().enumerate().all(|(index, bits)| within(index) || *bits == 0) {
+            return self.take(stripe);
+        }
+        let of_stripe = &self.words[stripe * STRIPE_WORDS..][..STRIPE_WORDS];
+        std::array::from_fn(|index| if within(index) { of_stripe[index].swap(0, Ordering::AcqRel) } else { 0 })
     }
 
     /// Whether the bit of a slot is set.

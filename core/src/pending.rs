@@ -1,5 +1,6 @@
 //! The pages that are still to be sent.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::{GuestMemoryBackend, GuestRegionMmap, MmapRegion};
@@ -57,6 +58,11 @@ impl Pending {
     /// Takes a stripe's bits, leaving none.
     pub fn take(&self, stripe: usize) -> StripeBits {
         self.bits.take(stripe)
+    }
+
+    /// Takes the bits in some of a stripe's words, leaving the others.
+    pub fn take_words(&self, stripe: usize, words: Range<usize>) -> StripeBits {
+        self.bits.take_words(stripe, words)
     }
 
     /// Whether pages of a stripe may have been discarded since this was last asked.

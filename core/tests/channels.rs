@@ -310,6 +310,37 @@ fn what_the_pause_sends_over_a_slow_link_is_compressed() {
 }
 
 #[test]
+fn over_a_slow_link_what_is_written_before_its_turn_is_sent_once() {
+    for (bytes_per_s, again) in [(Some(10_000_000), 0), (None, 1)] {
+        let mut scene = Scene::new(Compression::None, None);
+        (0..512).for_each(|page| scene.write(page, 3 + 4 * page as u64));
+        let pace = Pace { quantum_bytes: 20_000, bytes_per_s, cut: false };
+        scene.sending[0].begin(Order::Round { first: true });
+        let mut wire = Vec::new();
+        loop {
+            match scene.sending[0].poll(&scene.source, &scene.log, pace).unwrap() {
+                Polled::Bytes(bytes) => {
+                    // The first pages of the stripe are under way, and the guest writes its last one.
+                    let first = wire.is_empty();
+                    wire.extend_from_slice(bytes);
+                    scene.sending[0].written();
+                    if first {
+                        scene.write(511, 7);
+                    }
+                }
+                Polled::Done(_) => break,
+                _ => {}
+            }
+        }
+        scene.receive(0, &wire);
+        assert_eq!(scene.differing(), Vec::<u64>::new());
+        scene.source.pending.take(1);
+        scene.source.pending.take(3);
+        assert_eq!(scene.harvest(), again, "{bytes_per_s:?}");
+    }
+}
+
+#[test]
 fn what_was_given_back_is_not_read_and_sent_only_as_zeros_where_something_was_sent_before() {
     for in_the_pause in [false, true] {
         let mut scene = Scene::new(Compression::None, None);

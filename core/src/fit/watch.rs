@@ -1,7 +1,7 @@
 //! Looks at the dirty log while the first pass goes over memory, and counts what is dirty by zone.
 //!
-//! A look clears nothing: it costs the guest nothing, and the move hardly anything. When the bits of a part of memory were
-//! cleared is not told by anybody; it is known to lie between the two looks of which the later one finds nothing pending there.
+//! A look clears nothing: it costs the guest nothing, and the move hardly anything. When the bits of 64 pages were cleared, the least that
+//! is cleared at once, is not told by anybody; it is known to lie between the two looks of which the later one finds nothing pending there.
 //! All ages are in the guest's own time ([`GuestClock`]): a throttle changes nothing of what is counted.
 
 use std::time::Duration;
@@ -45,8 +45,8 @@ pub struct Watch {
     scale: f64,
     /// Touched pages of each stripe of the sample. Empty: not counted yet.
     touched: Vec<f64>,
-    /// When each was visited, by the guest's clock.
-    visited: Vec<Option<Duration>>,
+    /// When each word of each was visited, by the guest's clock.
+    visited: Vec<[Option<Duration>; STRIPE_WORDS]>,
     clock: GuestClock,
     /// When the round under way began, by that clock.
     round_began: Duration,
@@ -76,7 +76,7 @@ impl Watch {
         Ok(Self {
             resent: Resent::new(compression, delta_cache_bytes)?,
             touched: Vec::new(),
-            visited: vec![None; sample.len()],
+            visited: vec![[None; STRIPE_WORDS]; sample.len()],
             clock: GuestClock::default(),
             round_began: now,
             sample,
@@ -135,7 +135,7 @@ impl Watch {
                 .sample
                 .iter()
                 .zip(&self.visited)
-                .filter(|(_, visited)| visited.is_some())
+                .filter(|(_, visited)| visited.iter().all(Option::is_some))
                 .map(|(index, _)| *index)
                 .collect();
             resent.look(&pages.view, self.clock.at(looked), &visited, &bits);
@@ -170,7 +170,7 @@ impl Watch {
         let layout = pages.view.layout();
         let zones = (!self.over).then(|| {
             // All that is pending now was not visited again: this was the last moment to tell.
-            self.interpolate(now, |_| true);
+            self.interpolate(now, |_| StripeBits::default());
             self.count(layout, now, Duration::MAX, |index| pages.pending.get(index));
             self.ages.fronts().map_or_else(|| (self.ages.zones(), false), |zones| (zones, true))
         });
@@ -198,9 +198,8 @@ impl Watch {
     fn unsent_pages(&self, layout: &Layout) -> Vec<f64> {
         let mut pages = vec![0.0; ZONES];
         for ((&index, visited), touched) in self.sample.iter().zip(&self.visited).zip(&self.touched) {
-            if visited.is_none() {
-                pages[sampling::zone_of(index, layout.stripes())] += touched * self.scale;
-            }
+            let unvisited = visited.iter().filter(|visited| visited.is_none()).count() as f64 / STRIPE_WORDS as f64;
+            pages[sampling::zone_of(index, layout.stripes())] += touched * unvisited * self.scale;
         }
         pages
     }
@@ -210,24 +209,29 @@ impl Watch {
     }
 
     fn note_visited(&mut self, pages: &SourcePages, now: Duration) {
-        self.interpolate(now, |index| pages.pending.get(index) == StripeBits::default());
+        self.interpolate(now, |index| pages.pending.get(index));
     }
 
-    /// Stripes that have been visited since the last look were visited one after the other.
-    fn interpolate(&mut self, now: Duration, is_visited: impl Fn(usize) -> bool) {
-        let new: Vec<usize> = (0..self.sample.len())
-            .filter(|&place| self.visited[place].is_none() && is_visited(self.sample[place]))
-            .collect();
+    /// Words that have been visited since the last look were visited one after the other.
+    fn interpolate(&mut self, now: Duration, pending: impl Fn(usize) -> StripeBits) {
+        let mut new = Vec::new();
+        for (place, (visited, &index)) in self.visited.iter().zip(&self.sample).enumerate() {
+            if visited.iter().any(Option::is_none) {
+                let is_new = |(_, (visited, pending)): &(usize, (&Option<Duration>, u64))| visited.is_none() && *pending == 0;
+                let words = visited.iter().zip(pending(index)).enumerate().filter(is_new);
+                new.extend(words.map(|(word, _)| (place, word)));
+            }
+        }
         // A share changes after a look, if at all.
         let (looked, now) = (self.clock.at(self.looked), self.clock.at(now));
         let since = now.saturating_sub(looked).as_secs_f64();
-        for (rank, place) in new.iter().enumerate() {
+        for (rank, &(place, word)) in new.iter().enumerate() {
             let share = (rank as f64 + 0.5) / new.len() as f64;
-            self.visited[*place] = Some(looked + Duration::from_secs_f64(since * share));
+            self.visited[place][word] = Some(looked + Duration::from_secs_f64(since * share));
         }
     }
 
-    /// Takes in what is dirty in each stripe that has been visited; how much that is by zone. A stripe visited after `known` is too young for
+    /// Takes in what is dirty in all that has been visited; how much that is by zone. What was visited after `known` is too young for
     /// its age to be told well enough, and says nothing of U: guests that are held live in just those short windows.
     fn count(
         &mut self,
@@ -239,12 +243,15 @@ impl Watch {
         let now = self.clock.at(now);
         let mut pages = vec![0.0; ZONES];
         for (&index, visited) in self.sample.iter().zip(&self.visited) {
-            let Some(visited) = visited else { continue };
-            let (zone, dirty) = (sampling::zone_of(index, layout.stripes()), u64::from(count(&dirty(index))));
-            if *visited <= known {
-                self.ages.count(zone, now.saturating_sub(*visited), layout.stripe(index).pages as u64, dirty);
+            let (zone, all) = (sampling::zone_of(index, layout.stripes()), layout.stripe(index).all());
+            for ((visited, dirty), all) in visited.iter().zip(dirty(index)).zip(all) {
+                let Some(visited) = visited else { continue };
+                if *visited <= known {
+                    let age = now.saturating_sub(*visited);
+                    self.ages.count(zone, age, all.count_ones().into(), dirty.count_ones().into());
+                }
+                pages[zone] += f64::from(dirty.count_ones()) * self.scale;
             }
-            pages[zone] += dirty as f64 * self.scale;
         }
         self.ages.total(now, pages.iter().sum());
         pages

@@ -5,21 +5,23 @@
 //! [`Unacknowledged`]. Both outlive their link: after a break, [`break_off`] makes pending again what nobody knows to have
 //! arrived.
 
+mod visiting;
+
 use std::io;
 
+use self::visiting::{Current, Produced};
 use super::Compression;
-use super::compressing::{Compressing, is_slow};
+use super::compressing::Compressing;
 use super::unacknowledged::{Batch, Sent, Unacknowledged};
 use crate::bases::Bases;
 use crate::chunk::MAX_PROBE_BYTES;
-use crate::encoder::{ChannelEncoder, Encoded, OUTPUT_BYTES};
-use crate::layout::{Layout, STRIPE_WORDS, Stripe, StripeBits, set_bits, take_first_bit};
+use crate::encoder::{ChannelEncoder, OUTPUT_BYTES};
+use crate::layout::set_bits;
 use crate::machine::{DirtyLog, MachineError};
-use crate::memory::PAGE_SIZE;
 use crate::pending::Pending;
 use crate::plants::{Plant, planted};
 use crate::progress::PageCounts;
-use crate::table::{Page, PageHasher, PageTable};
+use crate::table::{PageHasher, PageTable};
 use crate::touched::TouchedPages;
 use crate::view::MemoryView;
 
@@ -114,9 +116,6 @@ pub enum SendError {
     Machine(#[from] MachineError),
 }
 
-/// What a page holds that was never sent.
-static ZEROS: Page = [0; PAGE_SIZE];
-
 /// The sending side of one data channel.
 pub struct SendingChannel {
     index: usize,
@@ -143,15 +142,8 @@ pub struct SendingChannel {
     untouched: u64,
     /// Pages of this round that had been sent before.
     again: u64,
-}
-
-/// The stripe that is being encoded.
-struct Current {
-    stripe: Stripe,
-    /// Its pages that are not yet.
-    rest: StripeBits,
-    /// Of those, pages that were holes: zeros, though something else was sent before.
-    holes: StripeBits,
+    /// When pages were last made ready to be copied.
+    ready_at: Produced,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -237,6 +229,7 @@ impl SendingChannel {
             sum: 0,
             untouched: 0,
             again: 0,
+            ready_at: Produced::default(),
         })
     }
 
@@ -283,7 +276,7 @@ impl SendingChannel {
             if self.current.is_some() {
                 match pace.cut && matches!(self.work, Work::Visit { visit: Visit::Round { .. }, .. }) {
                     true => self.leave_stripe(&pages.pending),
-                    false => self.encode(pages, quantum),
+                    false => self.encode(pages, log, pace, quantum)?,
                 }
                 continue;
             }
@@ -335,20 +328,6 @@ impl SendingChannel {
         PageCounts { untouched: self.untouched, ..self.encoder.counts() }
     }
 
-    /// What was taken to be sent and has not been encoded is pending as before.
-    fn put_back(&mut self, pending: &Pending) {
-        if let Some(Current { stripe, rest, .. }) = self.current.take() {
-            pending.merge(Layout::stripe_of_slot(stripe.first_slot), &rest);
-        }
-    }
-
-    /// Leaves a stripe in the middle; the rest of it stays pending.
-    fn leave_stripe(&mut self, pending: &Pending) {
-        self.put_back(pending);
-        self.encoder.end_stripe();
-        self.compressing.judge(self.encoder.counts());
-    }
-
     /// Its link broke, and it is to go on over another. What was sent since the last mark is pending again. Returns how
     /// many pages that adds to those that were pending anyway.
     fn reattach(&mut self, pending: &Pending) -> u64 {
@@ -363,124 +342,6 @@ impl SendingChannel {
         self.marked_bytes = self.written_bytes;
         self.open_pages = 0;
         self.open.drain(..).map(|Sent { stripe, bits }| pending.merge(stripe, &bits)).sum()
-    }
-
-    /// Takes the pending bits of a stripe and makes it the current one.
-    fn visit(
-        &mut self,
-        index: usize,
-        visit: Visit,
-        pages: &SourcePages,
-        log: &dyn DirtyLog,
-        pace: Pace,
-    ) -> Result<(), SendError> {
-        let mut bits = pages.pending.take(index);
-        if bits == StripeBits::default() {
-            return Ok(());
-        }
-        let stripe = pages.view.layout().stripe(index);
-        let first = matches!(visit, Visit::Round { first: true, .. });
-        let look_for_holes = pages.pending.take_holes(index) || first;
-        let early = first && planted(Plant::JudgeBeforeClear);
-        let mut holes = StripeBits::default();
-        if early {
-            holes = self.leave_out_untouched(&stripe, &mut bits, pages);
-        }
-        if let Visit::Round { .. } = visit {
-            // The order that loses nothing: bits were taken, now the log is cleared, then pages are copied.
-            let words = stripe.pages.div_ceil(64).min(STRIPE_WORDS);
-            let cleared = if planted(Plant::ClearBeforeHarvest) { stripe.all() } else { bits };
-            if !planted(Plant::CopyBeforeClear) {
-                log.clear(stripe.region, stripe.first_page, &cleared[..words])?;
-            }
-        }
-        if look_for_holes && !early {
-            holes = self.leave_out_untouched(&stripe, &mut bits, pages);
-        }
-        self.open.push(Sent { stripe: index, bits });
-        let rate = match visit {
-            Visit::Round { .. } => pace.bytes_per_s,
-            Visit::Final { link_bytes_per_s } => link_bytes_per_s,
-        };
-        if self.is_paced() {
-            self.keeping = is_slow(rate) && self.bases.has_room();
-        }
-        if let Some(level) = self.compressing.choose(rate, self.encoder.counts()) {
-            self.encoder.set_zstd(level)?;
-        }
-        self.encoder.begin_stripe(stripe.first_frame);
-        self.current = Some(Current { stripe, rest: bits, holes });
-        if planted(Plant::CopyBeforeClear) && matches!(visit, Visit::Round { .. }) {
-            self.encode(pages, usize::MAX);
-            log.clear(stripe.region, stripe.first_page, &bits[..stripe.pages.div_ceil(64)])?;
-        }
-        Ok(())
-    }
-
-    /// What was never touched, or was given back, and was never sent reads as zeros at the destination anyway. The log was
-    /// cleared before, so a first write that comes now is logged. Returns the untouched pages that have been sent: zeros are due,
-    /// and the page need not be read, which would make the kernel provide it again.
-    fn leave_out_untouched(&mut self, stripe: &Stripe, bits: &mut StripeBits, pages: &SourcePages) -> StripeBits {
-        let mut untouched = *bits;
-        untouched.iter_mut().zip(pages.touched.of(stripe)).for_each(|(word, touched)| *word &= !touched);
-        if planted(Plant::LeaveOutTouched) {
-            untouched[0] |= bits[0] & 1;
-        }
-        for offset in set_bits(&untouched) {
-            if pages.table.entry(stripe.first_slot + offset).is_none() {
-                self.untouched += 1;
-                bits[offset / 64] &= !(1 << (offset % 64));
-            }
-        }
-        std::array::from_fn(|index| untouched[index] & bits[index])
-    }
-
-    /// Encodes pages of the current stripe until there is enough to write.
-    fn encode(&mut self, pages: &SourcePages, quantum: usize) {
-        let Some(Current { stripe, rest, holes }) = &mut self.current else { return };
-        while let Some(offset) = take_first_bit(rest) {
-            let frame = stripe.first_frame + offset as u64;
-            let slot = stripe.first_slot + offset;
-            let copy = |page: &mut Page| pages.view.copy_page(stripe, offset, page);
-            let base = match self.bases.get(slot) {
-                None if !self.keeping => None,
-                None => match pages.table.entry(slot) {
-                    None => Some(&ZEROS),
-                    Some(entry) => (self.zeros_arrived && entry == pages.hasher.zero(frame)).then_some(&ZEROS),
-                },
-                base => base,
-            };
-            let encoded = match base {
-                _ if holes[offset / 64] >> (offset % 64) & 1 == 1 => self.encoder.zero_page(offset),
-                Some(base) => self.encoder.page_with_base(offset, base, copy),
-                None => self.encoder.page(offset, copy),
-            };
-            let entry = match encoded {
-                Encoded::Same => continue,
-                Encoded::Zero => {
-                    self.bases.forget(slot);
-                    pages.hasher.zero(frame)
-                }
-                Encoded::Contents(page) => {
-                    if self.keeping {
-                        self.bases.keep(slot, page);
-                    } else {
-                        self.bases.forget(slot);
-                    }
-                    self.open_pages += 1;
-                    pages.hasher.page(frame, page)
-                }
-            };
-            let replaced = pages.table.set(slot, entry);
-            self.again += u64::from(replaced.was_sent);
-            self.sum = self.sum.wrapping_add(replaced.growth);
-            if self.encoder.output_bytes() >= quantum {
-                return;
-            }
-        }
-        self.encoder.end_stripe();
-        self.compressing.judge(self.encoder.counts());
-        self.current = None;
     }
 
     fn end_visit(&mut self, visit: Visit) -> Option<Batch> {
