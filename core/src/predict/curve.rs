@@ -2,18 +2,25 @@
 //!
 //! Known at the windows that were measured; between them as a straight line of log U over log t, which is exact for a writer
 //! that never returns to a page and for one that has been everywhere, and within 2 % in between if windows at most double. Before the
-//! first window as a straight line to 0. After the last one as a random writer's W(1 − e^(−rt/W)) that goes through the last
-//! three points, bounded by what memory there is.
+//! first window as a random writer's W(1 − e^(−rt/W)) that goes through the first two points, which is a straight line if the second
+//! has as much more pages as it has time. After the last one as one that goes through the last three points, bounded by what memory
+//! there is.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+/// A writer that has been nearly everywhere in the first window known may have been so in much less: it is taken to have needed a third of it
+/// for most of that.
+const STEEPEST: f64 = 3.0;
 
 /// Unique pages dirtied in a window of a given length. Never falls.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Dirtying {
     /// Windows in seconds, ascending, and the pages in each.
     points: Vec<(f64, f64)>,
+    /// Before the first point: how quickly the pages that would be approached are (per second). 0: a straight line.
+    begins_per_s: f64,
     /// After the last point: the pages that are approached, and how quickly (per second).
     most_pages: f64,
     approach_per_s: f64,
@@ -28,7 +35,7 @@ impl Dirtying {
 
     /// A guest that writes nothing.
     pub fn none() -> Self {
-        Self { points: Vec::new(), most_pages: 0.0, approach_per_s: 0.0 }
+        Self { points: Vec::new(), begins_per_s: 0.0, most_pages: 0.0, approach_per_s: 0.0 }
     }
 
     /// A writer of `pages_per_s` pages drawn at random from a working set.
@@ -44,7 +51,8 @@ impl Dirtying {
     /// The same guest at another speed: what took t takes t / `speed`.
     pub fn at_speed(&self, speed: f64) -> Self {
         let points = self.points.iter().map(|(window, pages)| (window / speed, *pages)).collect();
-        Self { points, approach_per_s: self.approach_per_s * speed, ..*self }
+        let [begins_per_s, approach_per_s] = [self.begins_per_s, self.approach_per_s].map(|per_s| per_s * speed);
+        Self { points, begins_per_s, approach_per_s, ..*self }
     }
 
     /// As if every window had dirtied so many times as many pages, within what there is.
@@ -63,6 +71,9 @@ impl Dirtying {
         let after = self.points.partition_point(|(window, _)| *window < seconds);
         match (after.checked_sub(1).map(|before| self.points[before]), self.points.get(after)) {
             (None, None) => 0.0,
+            (None, Some((window, pages))) if self.begins_per_s > 0.0 => {
+                pages * (-self.begins_per_s * seconds).exp_m1() / (-self.begins_per_s * window).exp_m1()
+            }
             (None, Some((window, pages))) => pages * seconds / window,
             (Some((t0, u0)), Some((t1, u1))) => {
                 if u0 <= 0.0 {
@@ -86,6 +97,10 @@ impl Dirtying {
         let after = self.points.partition_point(|(_, counted)| *counted < pages);
         match (after.checked_sub(1).map(|before| self.points[before]), self.points.get(after)) {
             (None, None) => f64::INFINITY,
+            (None, Some((window, counted))) if self.begins_per_s > 0.0 => {
+                let share = pages / counted * (-self.begins_per_s * window).exp_m1();
+                -share.ln_1p() / self.begins_per_s
+            }
             (None, Some((window, counted))) => window * pages / counted,
             (Some((t0, u0)), Some((t1, u1))) => {
                 if u0 <= 0.0 {
@@ -125,7 +140,7 @@ impl Dirtying {
             before = *pages;
         }
         let (most_pages, approach_per_s) = tail(&points, most_pages);
-        Self { points, most_pages, approach_per_s }
+        Self { begins_per_s: head(&points), points, most_pages, approach_per_s }
     }
 
     /// From a formula, at windows around the time that the set takes to be written once.
@@ -138,6 +153,29 @@ impl Dirtying {
         let points = (-80..=20).map(|step| once * 2f64.powf(f64::from(step) / 4.0)).map(|t| (t, pages(t))).collect();
         Self::from_points(points, set_pages)
     }
+}
+
+/// How quickly the first two points approach something: λ of U = A(1 − e^(−λt)) through both of them. 0 if they lie on a straight line.
+fn head(points: &[(f64, f64)]) -> f64 {
+    let [(t1, u1), (t2, u2), ..] = *points else { return 0.0 };
+    // How many times as many pages in the second window; falls from t2 / t1 towards 1 as λ grows.
+    let times = |lambda: f64| (-lambda * t2).exp_m1() / (-lambda * t1).exp_m1();
+    if u1 <= 0.0 || u2 >= u1 * t2 / t1 {
+        return 0.0;
+    }
+    let steepest = STEEPEST / t1;
+    if u2 <= u1 * times(steepest) {
+        return steepest;
+    }
+    let (mut low, mut high) = (0.0, steepest);
+    for _ in 0..60 {
+        let middle = (low + high) / 2.0;
+        match times(middle) > u2 / u1 {
+            true => low = middle,
+            false => high = middle,
+        }
+    }
+    high
 }
 
 /// What the last three points approach, and how quickly: U = A − (A − u3)e^(−λ(t − t3)) through all of them.
@@ -209,6 +247,16 @@ mod tests {
             assert!(near(curve.pages(t), truth, 0.02), "{t}: {} {truth}", curve.pages(t));
         }
         assert!(near(curve.most_pages(), set, 0.001));
+    }
+
+    #[test]
+    fn a_random_writer_is_known_in_windows_shorter_than_all_that_were_measured() {
+        let (rate, set) = (14_400.0, 435.0);
+        let curve = sampled(rate, set, &[0.05, 0.07, 0.1, 0.2]);
+        for t in [0.0001, 0.005, 0.02, 0.04] {
+            let truth = set * -(-rate * t / set).exp_m1();
+            assert!(near(curve.pages(t), truth, 0.01), "{t}: {} {truth}", curve.pages(t));
+        }
     }
 
     #[test]
