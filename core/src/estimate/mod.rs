@@ -20,7 +20,7 @@ pub use self::windows::WindowCount;
 use crate::layout::{Layout, StripeBits};
 use crate::machine::{MachineError, SourceMachine};
 use crate::predict::{Path, Workload};
-use crate::source::control::{Done, HANDOVER_TRIPS, probe_bytes};
+use crate::source::control::{Done, HANDOVER_TRIPS, IN_PAUSE, probe_bytes};
 use crate::source::{Compression, jobs};
 use crate::touched::{MappedPages, TouchedPages};
 use crate::view::MemoryView;
@@ -37,8 +37,6 @@ const SETUP: Duration = Duration::from_millis(55);
 pub(crate) const BETWEEN_ROUNDS: Duration = Duration::from_micros(200);
 /// A round trip to the destination, as long as nobody has measured it.
 const ROUND_TRIP: Duration = Duration::from_micros(300);
-/// In the pause, beside all that: workers and coordinators at both ends are told, and the tables are compared.
-const IN_PAUSE: Duration = Duration::from_micros(1900);
 /// What is on its way at the end of a round: half of what the cap hands to a socket in one call (`pacer.rs`), and no more than sockets hold.
 const QUEUED: Duration = Duration::from_micros(500);
 const MOST_QUEUED_BYTES: f64 = 128e3;

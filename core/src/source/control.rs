@@ -35,7 +35,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use self::ending::Ending;
-pub use self::measured::HANDOVER_TRIPS;
+pub use self::measured::{HANDOVER_TRIPS, IN_PAUSE};
 use self::measured::{Clock, FixedCost};
 use self::postcopying::PostCopying;
 use self::reconnecting::{LastBreak, Reconnecting};

@@ -5,6 +5,10 @@ use std::time::Duration;
 /// Messages in sequence between the end of the final pages and *running*: table, ready, commit, running.
 pub const HANDOVER_TRIPS: u32 = 2;
 
+/// In the pause, beside all that is measured: workers and coordinators at both ends are told, and the tables are compared. The median of 52
+/// short pauses (docs/convergence.md).
+pub const IN_PAUSE: Duration = Duration::from_micros(1500);
+
 /// The peer's clock, by the sample with the shortest round trip.
 #[derive(Default)]
 pub(super) struct Clock {
@@ -15,7 +19,7 @@ pub(super) struct Clock {
     pub(super) offset_ns: i64,
 }
 
-/// The parts of F, each measured.
+/// The parts of F that are measured.
 #[derive(Default)]
 pub(super) struct FixedCost {
     pub(super) pause: Duration,
@@ -26,6 +30,6 @@ pub(super) struct FixedCost {
 
 impl FixedCost {
     pub(super) fn total(&self) -> Duration {
-        self.pause + self.load + self.harvest + self.round_trip * HANDOVER_TRIPS
+        self.pause + self.load + self.harvest + IN_PAUSE + self.round_trip * HANDOVER_TRIPS
     }
 }
