@@ -17,11 +17,16 @@ pub const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
 /// A throttle aims at this much of the downtime limit and of the time budget: guests do not write evenly.
 const AIM: f64 = 0.85;
 /// Rounds that are made although the limit is met: no more of them in one move.
-pub const MOST_FREE_ROUNDS: u32 = 3;
-/// Such a round makes the pause so much shorter at least,
-const SHORTER: f64 = 0.5;
-/// and takes, with the pause that then remains, at most so many times as long as the pause would have.
-const LONGER: f64 = 1.1;
+pub const MOST_EXTRA_ROUNDS: u32 = 3;
+/// Such a round leaves at most so much of the pause beside its fixed cost. Guests that leave more write nearly as fast as is sent: a round gains
+/// little there, and whether it does is uncertain. Few lie in between (docs/convergence.md).
+const LEFT: f64 = 0.4;
+/// It makes the pause so much shorter at least,
+const SHORTER: f64 = 0.75;
+/// and the move longer by at most so much of what it has taken.
+const LONGER: f64 = 0.1;
+/// If at least so much of the pause would be waiting, that is done before it.
+const MOSTLY: f64 = 0.5;
 
 /// What is known when a round has ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -125,8 +130,9 @@ impl RoundEnd {
         self.fixed + Duration::from_secs_f64(dirty + queued)
     }
 
-    /// Whether another round makes the pause much shorter and the move hardly longer: what it sends need not be sent in the pause.
-    fn another_is_free(&self, limits: &Limits) -> bool {
+    /// Whether another round makes the pause much shorter and the move hardly longer: what it sends need not be sent in the pause. A limit
+    /// says what is bearable, not what is wanted.
+    fn another_pays(&self, limits: &Limits) -> bool {
         let Some(next) = self.next else { return false };
         // Of what is queued then, nothing is older than the round.
         let sent = self.dirty_pages as f64 * self.wire_bytes_per_page;
@@ -135,18 +141,19 @@ impl RoundEnd {
         let (now, then) = (self.predicted_pause(), then.predicted_pause());
         self.round < limits.max_rounds
             && limits.timeout.is_none_or(|timeout| self.elapsed + next.duration < timeout)
+            && then.saturating_sub(self.fixed) <= now.saturating_sub(self.fixed).mul_f64(LEFT)
             && then <= now.mul_f64(SHORTER)
-            && next.duration + then <= now.mul_f64(LONGER)
+            && next.duration + then <= now + self.elapsed.mul_f64(LONGER)
     }
 
     /// Whether most of the pause would be waiting for what has been sent already. Waiting before it takes as long and keeps nobody from
     /// running; what is dirtied meanwhile is sent by another round, of which something must be known.
-    fn waiting_is_free(&self, limits: &Limits) -> bool {
+    fn waiting_pays(&self, limits: &Limits) -> bool {
         let (now, then) = (self.predicted_pause(), self.caught_up().predicted_pause());
         self.next.is_some()
             && self.round < limits.max_rounds
             && limits.timeout.is_none_or(|timeout| self.elapsed + now < timeout)
-            && then <= now.mul_f64(SHORTER)
+            && then <= now.mul_f64(1.0 - MOSTLY)
     }
 
     /// The same, once the destination has caught up.
@@ -158,7 +165,7 @@ impl RoundEnd {
     pub fn decide(&self, limits: &Limits) -> Decision {
         let pause = self.predicted_pause();
         if pause <= limits.downtime {
-            return match (self.waiting_is_free(limits), self.another_is_free(limits)) {
+            return match (self.waiting_pays(limits), self.another_pays(limits)) {
                 (true, _) => Decision::AwaitQueue,
                 (false, true) => Decision::Continue,
                 (false, false) => Decision::Stop,
@@ -237,13 +244,17 @@ mod tests {
     }
 
     #[test]
-    fn goes_on_although_the_limit_is_met_where_that_is_free() {
+    fn goes_on_although_the_limit_is_met_where_that_pays() {
         let next = |duration, dirty_pages| RoundEnd { next: Some(NextRound { duration, dirty_pages }), ..end(0, 1000) };
         let decided = |end: RoundEnd| end.decide(&limits(OnStall::Abort));
-        // 8 ms now; then 2 ms, 1 ms for what is queued, and what is dirty.
+        // 8 ms now, 2 ms of them fixed; then 2 ms, 1 ms for what is queued, and what is dirty.
         assert_eq!(decided(next(5 * MS, 100)), Decision::Continue);
-        assert_eq!(decided(next(5 * MS, 300)), Decision::Stop, "not half of it");
-        assert_eq!(decided(next(6 * MS, 100)), Decision::Stop, "takes more than it saves");
+        assert_eq!(decided(next(5 * MS, 300)), Decision::Stop, "more than 0.4 of 6 ms");
+        let fixed = RoundEnd { fixed: 7 * MS, queued_bytes: 0, ..next(2 * MS, 0) };
+        let limit = |ms: u32| Limits { downtime: ms * MS, ..limits(OnStall::Abort) };
+        assert_eq!(RoundEnd { dirty_pages: 400, ..fixed }.decide(&limit(9)), Decision::Stop, "9 ms become 7");
+        assert_eq!(RoundEnd { dirty_pages: 500, ..fixed }.decide(&limit(10)), Decision::Continue);
+        assert_eq!(decided(next(15 * MS, 100)), Decision::Stop, "makes the move a tenth longer and more");
         assert_eq!(decided(RoundEnd { round: 3, ..next(5 * MS, 100) }), Decision::Stop, "no round is left");
         let timed = Limits { timeout: Some(105 * MS), ..limits(OnStall::Abort) };
         assert_eq!(next(5 * MS, 100).decide(&timed), Decision::Stop, "no time is left");
@@ -251,7 +262,7 @@ mod tests {
 
     #[test]
     fn waits_before_the_pause_rather_than_in_it() {
-        let next = Some(NextRound { duration: MS, dirty_pages: 10 });
+        let next = Some(NextRound { duration: MS, dirty_pages: 200 });
         // F takes 2 ms, what is dirty 0.5 ms.
         let queued = |queued_bytes| RoundEnd { queued_bytes, next, ..end(0, 100) };
         let decided = |end: RoundEnd| end.decide(&limits(OnStall::Abort));

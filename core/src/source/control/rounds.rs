@@ -62,12 +62,12 @@ impl SourceControl {
         let end = RoundEnd { next: self.next_round_is(&end), ..end };
         match end.decide(&limits) {
             Decision::AwaitQueue => {
-                self.course.free_rounds += u32::from(end.predicted_pause() <= limits.downtime);
+                self.course.extra_rounds += u32::from(end.predicted_pause() <= limits.downtime);
                 self.queue_awaited_since = Some(self.now);
                 self.act(Action::AwaitQueue);
             }
             Decision::Continue if end.predicted_pause() <= limits.downtime => {
-                self.course.free_rounds += 1;
+                self.course.extra_rounds += 1;
                 self.next_round();
             }
             Decision::Continue => self.go_on(&end, &limits),

@@ -9,7 +9,7 @@ use crate::fit::{Ahead, Fit, Outlook};
 use crate::machine::Hold;
 use crate::memory::PAGE_SIZE;
 use crate::phase::Phase;
-use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, MOST_FREE_ROUNDS, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
+use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, MOST_EXTRA_ROUNDS, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
 use crate::predict::{PageCost, Path};
 use crate::source::{OnStall, is_slow};
 
@@ -40,7 +40,7 @@ pub(super) struct Course {
     /// What was last asked for.
     pub(super) hold: Hold,
     /// Rounds that were made although the limit was met.
-    pub(super) free_rounds: u32,
+    pub(super) extra_rounds: u32,
     /// Rounds after the first pass at whose end the limits were not going to be met.
     doubtful_rounds: u32,
     /// From the end of the round under way until the guest runs at the destination.
@@ -59,7 +59,7 @@ impl Default for Course {
             forcing: None,
             share: 1.0,
             hold: Hold::NONE,
-            free_rounds: 0,
+            extra_rounds: 0,
             doubtful_rounds: 0,
             then: None,
         }
@@ -233,8 +233,12 @@ impl SourceControl {
 
     /// What another round would come to.
     pub(super) fn next_round_is(&self, end: &RoundEnd) -> Option<NextRound> {
-        let ahead = self.ahead(end, &self.limits()).filter(|_| self.course.free_rounds < MOST_FREE_ROUNDS)?;
-        self.course.fit.next_round(&ahead)
+        if self.course.extra_rounds >= MOST_EXTRA_ROUNDS {
+            return None;
+        }
+        // Where differences may be sent and nobody knows how short they are, pages cost no more than they did.
+        let again_bytes = self.again_wire_bytes(end).unwrap_or(end.wire_bytes_per_page);
+        self.course.fit.next_round(&self.ahead_at(again_bytes, end, &self.limits())?)
     }
 
     pub(super) fn throttled_share(&self, end: &RoundEnd, limits: &Limits) -> Option<f64> {
@@ -243,12 +247,20 @@ impl SourceControl {
 
     /// Where the move stands, what pages cost, and the way that they go. `None` as long as that is not known.
     fn ahead(&self, end: &RoundEnd, limits: &Limits) -> Option<Ahead> {
+        self.ahead_at(self.again_wire_bytes(end)?, end, limits)
+    }
+
+    /// Bytes on the wire of a page that is sent again. `None` as long as that is not known.
+    fn again_wire_bytes(&self, end: &RoundEnd) -> Option<f64> {
+        let differences = self.options.delta_cache_bytes > 0 && is_slow(Some(self.course.bytes_per_s? as u64));
+        match differences && !self.course.again_known {
+            true => self.course.again_wire_bytes,
+            false => Some(end.wire_bytes_per_page),
+        }
+    }
+
+    fn ahead_at(&self, again_bytes: f64, end: &RoundEnd, limits: &Limits) -> Option<Ahead> {
         let bandwidth_bytes_per_s = self.course.bytes_per_s?;
-        let differences = self.options.delta_cache_bytes > 0 && is_slow(Some(bandwidth_bytes_per_s as u64));
-        let again_bytes = match differences && !self.course.again_known {
-            true => self.course.again_wire_bytes?,
-            false => end.wire_bytes_per_page,
-        };
         let cost = |wire_bytes: f64| PageCost { wire_bytes, pages_per_s: DATA_PATH_BYTES_PER_S / PAGE_SIZE as f64 };
         let path = Path {
             bandwidth_bytes_per_s,
