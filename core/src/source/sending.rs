@@ -9,7 +9,7 @@ mod visiting;
 
 use std::io;
 
-use self::visiting::{Current, Produced};
+use self::visiting::{Current, Piece};
 use super::Compression;
 use super::compressing::Compressing;
 use super::unacknowledged::{Batch, Sent, Unacknowledged};
@@ -142,8 +142,7 @@ pub struct SendingChannel {
     untouched: u64,
     /// Pages of this round that had been sent before.
     again: u64,
-    /// When pages were last made ready to be copied.
-    ready_at: Produced,
+    piece: Piece,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -229,7 +228,7 @@ impl SendingChannel {
             sum: 0,
             untouched: 0,
             again: 0,
-            ready_at: Produced::default(),
+            piece: Piece::default(),
         })
     }
 

@@ -37,11 +37,12 @@ pub(super) struct Current {
     holes: StripeBits,
 }
 
-/// What a channel has brought forth so far.
+/// What was made ready last.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Produced {
-    bytes: u64,
-    pages: u64,
+pub(super) struct Piece {
+    words: usize,
+    /// What the channel had produced before.
+    since_bytes: u64,
 }
 
 impl SendingChannel {
@@ -123,24 +124,23 @@ impl SendingChannel {
             current.holes = self.leave_out_untouched(&stripe, &mut bits, pages);
         }
         current.ready = bits;
+        self.piece = Piece { words: end - first, since_bytes: self.produced_bytes() };
         self.open.push(Sent { stripe: index, bits });
         Ok(true)
     }
 
     /// How many words of a stripe are made ready in one go: as many as this channel's share of a slow link takes in a short while, by what
-    /// pages have cost lately; all of them on a fast one.
-    fn words_at_once(&mut self, pages: &SourcePages, pace: Pace) -> usize {
-        let Produced { bytes, pages: before } = self.ready_at;
-        self.ready_at =
-            Produced { bytes: self.written_bytes + self.encoder.output_bytes() as u64, pages: self.pages() };
+    /// the last ones have cost; all of them on a fast one, and where there is hardly anything to send.
+    fn words_at_once(&self, pages: &SourcePages, pace: Pace) -> usize {
         let Some(rate) = pace.bytes_per_s.filter(|rate| is_slow(Some(*rate))) else { return STRIPE_WORDS };
-        let lately = (self.ready_at.bytes.saturating_sub(bytes), self.ready_at.pages.saturating_sub(before));
-        let wire_bytes_per_page = match lately {
-            (_, 0) => PAGE_SIZE as f64,
-            (bytes, pages) => (bytes as f64 / pages as f64).max(1.0),
-        };
-        let pages = rate as f64 / pages.channels as f64 * READY_FOR.as_secs_f64() / wire_bytes_per_page;
-        ((pages / 64.0).round() as usize).clamp(1, STRIPE_WORDS)
+        let bytes = self.produced_bytes().saturating_sub(self.piece.since_bytes).max(1);
+        let taken = rate as f64 / pages.channels as f64 * READY_FOR.as_secs_f64();
+        let words = taken * self.piece.words as f64 / bytes as f64;
+        (words.round() as usize).clamp(1, STRIPE_WORDS)
+    }
+
+    fn produced_bytes(&self) -> u64 {
+        self.written_bytes + self.encoder.output_bytes() as u64
     }
 
     /// What was never touched, or was given back, and was never sent reads as zeros at the destination anyway. The log was
