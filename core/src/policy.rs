@@ -140,7 +140,7 @@ impl RoundEnd {
             RoundEnd { dirty_pages: next.dirty_pages, queued_bytes: self.queued_bytes.min(sent as u64), ..*self };
         let (now, then) = (self.predicted_pause(), then.predicted_pause());
         self.round < limits.max_rounds
-            && limits.timeout.is_none_or(|timeout| self.elapsed + next.duration < timeout)
+            && limits.timeout.is_none_or(|timeout| self.elapsed + next.duration + then < timeout)
             && then.saturating_sub(self.fixed) <= now.saturating_sub(self.fixed).mul_f64(LEFT)
             && then <= now.mul_f64(SHORTER)
             && next.duration + then <= now + self.elapsed.mul_f64(LONGER)
@@ -256,7 +256,7 @@ mod tests {
         assert_eq!(RoundEnd { dirty_pages: 500, ..fixed }.decide(&limit(10)), Decision::Continue);
         assert_eq!(decided(next(15 * MS, 100)), Decision::Stop, "makes the move a tenth longer and more");
         assert_eq!(decided(RoundEnd { round: 3, ..next(5 * MS, 100) }), Decision::Stop, "no round is left");
-        let timed = Limits { timeout: Some(105 * MS), ..limits(OnStall::Abort) };
+        let timed = Limits { timeout: Some(108 * MS), ..limits(OnStall::Abort) };
         assert_eq!(next(5 * MS, 100).decide(&timed), Decision::Stop, "no time is left");
     }
 
