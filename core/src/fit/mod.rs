@@ -118,8 +118,8 @@ impl Fit {
     /// How many times as fast as its speed says it will write in rounds to come. In the first pass it found most pages dirty already; in those it
     /// finds nearly all of them clean, and each takes it a fault. What rounds have shown includes that.
     fn speed_where_clean(&self) -> f64 {
-        let first_writes_per_s: f64 = self.zones.iter().map(|zone| zone.dirtying.pages_per_s()).sum();
-        let faults = first_writes_per_s * FAULT_SECONDS;
+        let writes_per_s: f64 = self.zones.iter().map(|zone| zone.dirtying.writes_per_s()).sum();
+        let faults = writes_per_s * FAULT_SECONDS;
         match self.compared || self.is_front || faults < FEW_FAULTS {
             true => 1.0,
             false => 1.0 / (1.0 + faults),

@@ -125,6 +125,16 @@ impl Dirtying {
         self.points.first().map_or(0.0, |(window, pages)| pages / window)
     }
 
+    /// Writes per second to pages that are all clean: how U begins.
+    pub fn writes_per_s(&self) -> f64 {
+        match self.points.first() {
+            Some((window, pages)) if self.begins_per_s > 0.0 => {
+                pages * self.begins_per_s / -(-self.begins_per_s * window).exp_m1()
+            }
+            _ => self.pages_per_s(),
+        }
+    }
+
     /// What U approaches.
     pub fn most_pages(&self) -> f64 {
         self.most_pages
@@ -257,6 +267,7 @@ mod tests {
             let truth = set * -(-rate * t / set).exp_m1();
             assert!(near(curve.pages(t), truth, 0.01), "{t}: {} {truth}", curve.pages(t));
         }
+        assert!(near(curve.writes_per_s(), rate, 0.01), "{}", curve.writes_per_s());
     }
 
     #[test]
