@@ -217,9 +217,11 @@ impl Watch {
         let mut new = Vec::new();
         for (place, (visited, &index)) in self.visited.iter().zip(&self.sample).enumerate() {
             if visited.iter().any(Option::is_none) {
-                let is_new = |(_, (visited, pending)): &(usize, (&Option<Duration>, u64))| visited.is_none() && *pending == 0;
-                let words = visited.iter().zip(pending(index)).enumerate().filter(is_new);
-                new.extend(words.map(|(word, _)| (place, word)));
+                for (word, (visited, pending)) in visited.iter().zip(pending(index)).enumerate() {
+                    if visited.is_none() && pending == 0 {
+                        new.push((place, word));
+                    }
+                }
             }
         }
         // A share changes after a look, if at all.

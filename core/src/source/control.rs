@@ -35,8 +35,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use self::ending::Ending;
-pub use self::measured::{HANDOVER_TRIPS, IN_PAUSE};
 use self::measured::{Clock, FixedCost};
+pub use self::measured::{HANDOVER_TRIPS, IN_PAUSE};
 use self::postcopying::PostCopying;
 use self::reconnecting::{LastBreak, Reconnecting};
 pub(crate) use self::rounds::TELLING_ROUND_BYTES;
