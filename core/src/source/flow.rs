@@ -190,6 +190,19 @@ impl Flow {
         self.channels.iter().map(|flow| flow.wire_bytes.load(Ordering::Relaxed)).sum()
     }
 
+    /// Bytes encoded and written, over all data channels.
+    pub fn all_written_bytes(&self) -> u64 {
+        self.channels.iter().map(|flow| flow.written_bytes.load(Ordering::Relaxed)).sum()
+    }
+
+    /// What so many written bytes take on the wire, by what all have taken so far. A transport that sends in its own time counts them later
+    /// than they are written: in a short round it may count mostly what the rounds before have left it.
+    pub fn on_wire(&self, written_bytes: u64) -> u64 {
+        let (all_written, all_on_wire) = (self.all_written_bytes(), self.wire_bytes());
+        let extra_bytes = u128::from(all_on_wire.saturating_sub(all_written));
+        written_bytes + (extra_bytes * u128::from(written_bytes) / u128::from(all_written.max(1))) as u64
+    }
+
     /// Pages encoded, over all channels.
     pub fn pages(&self) -> PageCounts {
         let sum = |field: fn(&ChannelFlow) -> &AtomicU64| {
@@ -207,5 +220,23 @@ impl Flow {
 
     fn pacer(&self) -> MutexGuard<'_, Pacer> {
         lock(&self.pacer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_takes_on_the_wire_what_all_has_taken() {
+        let flow = Flow::new(Instant::now(), 2, None);
+        assert_eq!(flow.on_wire(0), 0);
+        flow.wrote(0, 1_000_000, 0);
+        assert_eq!(flow.on_wire(1000), 1000, "nothing has been sent yet");
+        flow.wrote(0, 1_000_000, 1_500_000);
+        assert_eq!(flow.on_wire(1000), 1000, "some of it is still to be sent");
+        flow.wrote(1, 0, 600_000);
+        assert_eq!(flow.on_wire(1000), 1050, "with headers and what was sent twice");
+        assert_eq!(flow.on_wire(0), 0, "whatever was sent meanwhile");
     }
 }

@@ -135,7 +135,7 @@ pub struct RoundSent {
     pub pages: u64,
     /// Of those, pages that had been sent before.
     pub again: u64,
-    /// Bytes given to sockets.
+    /// What they take on the wire.
     pub wire_bytes: u64,
     /// Pages dirty now.
     pub dirty_pages: u64,

@@ -11,7 +11,7 @@ use super::{Driver, Input};
 pub(super) struct Round {
     began: Instant,
     pages: u64,
-    wire_bytes: u64,
+    written_bytes: u64,
     capped: bool,
     /// Once all of it has been written.
     written: Option<Written>,
@@ -33,8 +33,13 @@ const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(5);
 impl Round {
     /// It begins now.
     pub(super) fn begin(flow: &Flow) -> Self {
-        let (pages, wire_bytes) = (flow.pages().visited(), flow.wire_bytes());
-        Self { began: Instant::now(), pages, wire_bytes, capped: flow.bytes_per_s().is_some(), written: None }
+        let (pages, written_bytes) = (flow.pages().visited(), flow.all_written_bytes());
+        Self { began: Instant::now(), pages, written_bytes, capped: flow.bytes_per_s().is_some(), written: None }
+    }
+
+    /// What it has written, as it takes on the wire.
+    fn wire_bytes(&self, flow: &Flow) -> u64 {
+        flow.on_wire(flow.all_written_bytes() - self.written_bytes)
     }
 
     /// For how long its acknowledgement is still waited for.
@@ -63,14 +68,14 @@ impl Driver {
         else {
             return;
         };
-        let Some(Round { wire_bytes, capped, .. }) = self.round.take() else { return };
+        let Some(round) = self.round.take() else { return };
         let flow = &self.handle.flow;
         let mut sent = RoundSent {
             duration,
             pages,
             again,
-            wire_bytes: flow.wire_bytes() - wire_bytes,
-            capped: capped || flow.bytes_per_s().is_some(),
+            wire_bytes: round.wire_bytes(flow),
+            capped: round.capped || flow.bytes_per_s().is_some(),
             ..RoundSent::default()
         };
         let harvesting = Instant::now();
@@ -98,7 +103,7 @@ impl Driver {
             Ok(seen) => Input::Looked(RoundSent {
                 duration: round.began.elapsed(),
                 pages: flow.pages().visited() - round.pages,
-                wire_bytes: flow.wire_bytes() - round.wire_bytes,
+                wire_bytes: round.wire_bytes(flow),
                 dirty_pages: seen.dirty_pages.iter().sum::<f64>() as u64,
                 queued_bytes: data.queued_bytes(),
                 capped: round.capped,
