@@ -3,8 +3,8 @@
 //! Known at the windows that were measured; between them as a straight line of log U over log t, which is exact for a writer
 //! that never returns to a page and for one that has been everywhere, and within 2 % in between if windows at most double. Before the
 //! first window as a random writer's W(1 − e^(−rt/W)) that goes through the first two points, which is a straight line if the second
-//! has as much more pages as it has time. After the last one as one that goes through the last three points, bounded by what memory
-//! there is.
+//! has as much more pages as it has time. After the last one as one that goes through that and two before it, bounded by what
+//! memory there is.
 
 use std::time::Duration;
 
@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 /// A writer that has been nearly everywhere in the first window known may have been so in much less: it is taken to have needed a third of it
 /// for most of that.
 const STEEPEST: f64 = 3.0;
+/// Windows are well apart if the shorter one is so many times as long as the longer one: nearly an octave.
+const APART: f64 = 0.6;
 
 /// Unique pages dirtied in a window of a given length. Never falls.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -188,9 +190,9 @@ fn head(points: &[(f64, f64)]) -> f64 {
     high
 }
 
-/// What the last three points approach, and how quickly: U = A − (A − u3)e^(−λ(t − t3)) through all of them.
+/// What the last points approach, and how quickly: U = A − (A − u3)e^(−λ(t − t3)) through three of them.
 fn tail(points: &[(f64, f64)], bound: f64) -> (f64, f64) {
-    let [.., (t1, u1), (t2, u2), (t3, u3)] = *points else {
+    let Some([(t1, u1), (t2, u2), (t3, u3)]) = last_apart(points) else {
         // Too little is known: it may go on as it was.
         let Some((window, pages)) = points.last() else { return (0.0, 0.0) };
         return bounded(*pages, pages / window, bound);
@@ -222,6 +224,14 @@ fn tail(points: &[(f64, f64)], bound: f64) -> (f64, f64) {
         true => (most, lambda),
         false => bounded(u3, (most - u3) * lambda, bound),
     }
+}
+
+/// The last point and two before it that are well apart, if there are such: between neighbours noise may be all there is. Or else the last three.
+fn last_apart(points: &[(f64, f64)]) -> Option<[(f64, f64); 3]> {
+    let before = |(t, _): (f64, f64)| points.iter().copied().rev().find(|(window, _)| *window <= APART * t);
+    let last = *points.last()?;
+    let apart = before(last).and_then(|middle| Some([before(middle)?, middle, last]));
+    apart.or_else(|| points.last_chunk().copied())
 }
 
 /// Goes on from `pages` with this slope, and never beyond the bound.
