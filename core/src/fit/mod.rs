@@ -89,9 +89,10 @@ impl Fit {
             true => (FRONT_ERROR, OTHER_THAN_FRONTS),
             false => (MODEL_ERROR, OTHER_HABITS),
         };
-        let variance = found + (model_error * found).powi(2) + STRAY_PAGES.powi(2);
+        // As far off as what was found or what was expected lets it be: a front that happens to leave little is not slow.
+        let variance = |expected: f64| found + (model_error * found.max(expected)).powi(2) + STRAY_PAGES.powi(2);
         let unlikely = |&(steps, expected): &(f64, f64)| {
-            (steps * std::f64::consts::LN_2 / SPEED_CHANGE).powi(2) + (found - expected).powi(2) / variance
+            (steps * std::f64::consts::LN_2 / SPEED_CHANGE).powi(2) + (found - expected).powi(2) / variance(expected)
         };
         let tries = TRIES.map(|eighths| f64::from(eighths) / 8.0);
         let likeliest = tries
