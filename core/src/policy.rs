@@ -16,14 +16,9 @@ pub const DATA_PATH_BYTES_PER_S: f64 = 1.5e9;
 
 /// A throttle aims at this much of the downtime limit and of the time budget: guests do not write evenly.
 const AIM: f64 = 0.85;
-/// Rounds that are made although the limit is met: no more of them in one move.
-pub const MOST_EXTRA_ROUNDS: u32 = 3;
-/// Such a round leaves at most so much of the pause beside its fixed cost. Guests that leave more write nearly as fast as is sent: a round gains
-/// little there, and whether it does is uncertain. Few lie in between (docs/convergence.md).
-const LEFT: f64 = 0.4;
-/// It makes the pause so much shorter at least,
-const SHORTER: f64 = 0.75;
-/// and the move longer by at most so much of what it has taken.
+/// A round is made although the limit is met if it leaves at most so much of the pause,
+const LEFT: f64 = 0.85;
+/// and all of them make the move longer by at most so much of what it would have taken.
 const LONGER: f64 = 0.1;
 /// If at least so much of the pause would be waiting, that is done before it.
 const MOSTLY: f64 = 0.5;
@@ -49,6 +44,8 @@ pub struct RoundEnd {
     pub fixed: Duration,
     /// What another round is expected to come to, if that is known.
     pub next: Option<NextRound>,
+    /// What the move would have taken, had the guest been stopped when the limit was first met. `None`: it has not been met before.
+    pub met: Option<Duration>,
 }
 
 /// A round that has not begun.
@@ -130,30 +127,35 @@ impl RoundEnd {
         self.fixed + Duration::from_secs_f64(dirty + queued)
     }
 
-    /// Whether another round makes the pause much shorter and the move hardly longer: what it sends need not be sent in the pause. A limit
+    /// What the move takes if the guest is stopped when the limit is first met, be that before or now.
+    pub fn met_after(&self) -> Duration {
+        self.met.unwrap_or(self.elapsed + self.predicted_pause())
+    }
+
+    /// Whether a move that goes on for so long although its limit is met takes hardly longer, and keeps within its time budget.
+    fn may_take(&self, all: Duration, limits: &Limits) -> bool {
+        self.round < limits.max_rounds
+            && limits.timeout.is_none_or(|timeout| all < timeout)
+            && all <= self.met_after().mul_f64(1.0 + LONGER)
+    }
+
+    /// Whether another round makes the pause shorter and the move hardly longer: what it sends need not be sent in the pause. A limit
     /// says what is bearable, not what is wanted.
     fn another_pays(&self, limits: &Limits) -> bool {
         let Some(next) = self.next else { return false };
         // Of what is queued then, nothing is older than the round.
         let sent = self.dirty_pages as f64 * self.wire_bytes_per_page;
         let then =
-            RoundEnd { dirty_pages: next.dirty_pages, queued_bytes: self.queued_bytes.min(sent as u64), ..*self };
-        let (now, then) = (self.predicted_pause(), then.predicted_pause());
-        self.round < limits.max_rounds
-            && limits.timeout.is_none_or(|timeout| self.elapsed + next.duration + then < timeout)
-            && then.saturating_sub(self.fixed) <= now.saturating_sub(self.fixed).mul_f64(LEFT)
-            && then <= now.mul_f64(SHORTER)
-            && next.duration + then <= now + self.elapsed.mul_f64(LONGER)
+            RoundEnd { dirty_pages: next.dirty_pages, queued_bytes: self.queued_bytes.min(sent as u64), ..*self }
+                .predicted_pause();
+        then <= self.predicted_pause().mul_f64(LEFT) && self.may_take(self.elapsed + next.duration + then, limits)
     }
 
     /// Whether most of the pause would be waiting for what has been sent already. Waiting before it takes as long and keeps nobody from
     /// running; what is dirtied meanwhile is sent by another round, of which something must be known.
     fn waiting_pays(&self, limits: &Limits) -> bool {
         let (now, then) = (self.predicted_pause(), self.caught_up().predicted_pause());
-        self.next.is_some()
-            && self.round < limits.max_rounds
-            && limits.timeout.is_none_or(|timeout| self.elapsed + now < timeout)
-            && then <= now.mul_f64(1.0 - MOSTLY)
+        self.next.is_some() && then <= now.mul_f64(1.0 - MOSTLY) && self.may_take(self.elapsed + now, limits)
     }
 
     /// The same, once the destination has caught up.
@@ -228,6 +230,7 @@ mod tests {
             switchover_bytes_per_s: 1e9,
             fixed: 2 * MS,
             next: None,
+            met: None,
         }
     }
 
@@ -249,12 +252,15 @@ mod tests {
         let decided = |end: RoundEnd| end.decide(&limits(OnStall::Abort));
         // 8 ms now, 2 ms of them fixed; then 2 ms, 1 ms for what is queued, and what is dirty.
         assert_eq!(decided(next(5 * MS, 100)), Decision::Continue);
-        assert_eq!(decided(next(5 * MS, 300)), Decision::Stop, "more than 0.4 of 6 ms");
+        assert_eq!(decided(next(5 * MS, 750)), Decision::Continue, "6.75 ms instead of 8");
+        assert_eq!(decided(next(5 * MS, 770)), Decision::Stop, "6.85 ms instead of 8");
         let fixed = RoundEnd { fixed: 7 * MS, queued_bytes: 0, ..next(2 * MS, 0) };
-        let limit = |ms: u32| Limits { downtime: ms * MS, ..limits(OnStall::Abort) };
-        assert_eq!(RoundEnd { dirty_pages: 400, ..fixed }.decide(&limit(9)), Decision::Stop, "9 ms become 7");
-        assert_eq!(RoundEnd { dirty_pages: 500, ..fixed }.decide(&limit(10)), Decision::Continue);
-        assert_eq!(decided(next(15 * MS, 100)), Decision::Stop, "makes the move a tenth longer and more");
+        assert_eq!(decided(RoundEnd { dirty_pages: 200, ..fixed }), Decision::Stop, "hardly anything to gain");
+        assert_eq!(decided(next(15 * MS, 100)), Decision::Continue, "118.5 ms in all, 108 without");
+        assert_eq!(decided(next(16 * MS, 100)), Decision::Stop, "makes the move more than a tenth longer");
+        let before = RoundEnd { met: Some(98 * MS), ..next(5 * MS, 100) };
+        assert_eq!(decided(before), Decision::Stop, "together with rounds before makes it more than a tenth longer");
+        assert_eq!(decided(RoundEnd { met: Some(99 * MS), ..before }), Decision::Continue);
         assert_eq!(decided(RoundEnd { round: 3, ..next(5 * MS, 100) }), Decision::Stop, "no round is left");
         let timed = Limits { timeout: Some(108 * MS), ..limits(OnStall::Abort) };
         assert_eq!(next(5 * MS, 100).decide(&timed), Decision::Stop, "no time is left");
@@ -262,7 +268,7 @@ mod tests {
 
     #[test]
     fn waits_before_the_pause_rather_than_in_it() {
-        let next = Some(NextRound { duration: MS, dirty_pages: 200 });
+        let next = Some(NextRound { duration: MS, dirty_pages: 400 });
         // F takes 2 ms, what is dirty 0.5 ms.
         let queued = |queued_bytes| RoundEnd { queued_bytes, next, ..end(0, 100) };
         let decided = |end: RoundEnd| end.decide(&limits(OnStall::Abort));
@@ -272,6 +278,8 @@ mod tests {
         assert_eq!(decided(RoundEnd { round: 3, ..queued(5_000_000) }), Decision::Stop, "no round is left");
         let timed = Limits { timeout: Some(101 * MS), ..limits(OnStall::Abort) };
         assert_eq!(queued(5_000_000).decide(&timed), Decision::Stop, "no time is left");
+        let long = RoundEnd { met: Some(95 * MS), ..queued(5_000_000) };
+        assert_eq!(decided(long), Decision::Stop, "it has gone on for too long already");
     }
 
     #[test]

@@ -18,6 +18,7 @@ fn end(played: &Played, round: u32) -> RoundEnd {
         switchover_bytes_per_s: SENT_PER_S * PAGE,
         fixed: Duration::ZERO,
         next: None,
+        met: None,
     }
 }
 

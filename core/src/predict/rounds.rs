@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::contents::{Contents, PageCost};
 use super::curve::Dirtying;
-use crate::policy::{Decision, Limits, MOST_EXTRA_ROUNDS, NextRound, RoundEnd};
+use crate::policy::{Decision, Limits, NextRound, RoundEnd};
 use crate::source::control::TELLING_ROUND_BYTES;
 
 /// Slices of memory: enough that the age within one hardly differs.
@@ -381,7 +381,7 @@ fn play(
     let mut wire_bytes_per_page = again.wire_bytes;
     // Waited for the destination to catch up, since the last round ended.
     let mut waited = 0.0;
-    let mut extra_rounds = 0;
+    let mut met = None;
     loop {
         let cost = if first_pass { first } else { again };
         let pages = slices.to_send(first_pass);
@@ -410,6 +410,7 @@ fn play(
             applying: Duration::ZERO,
             fixed: path.fixed,
             next: None,
+            met,
         };
         let pause_seconds = (path.fixed.as_secs_f64()
             + in_pause.seconds(dirty_pages, path.switchover_bytes_per_s)
@@ -417,10 +418,10 @@ fn play(
         .min(1e9);
         rounds.push(PredictedRound { pages, wire_bytes, seconds, dirty_pages, pause_seconds });
         let mut decided = decide(&end);
-        if decided == Decision::Stop && extra_rounds < MOST_EXTRA_ROUNDS {
+        if decided == Decision::Stop {
+            met = Some(end.met_after());
             end.next = Some(slices.next_round(again, path));
             decided = decide(&end);
-            extra_rounds += u32::from(decided == Decision::Continue);
         }
         let decision = match decided {
             Decision::AwaitQueue => {

@@ -60,16 +60,16 @@ impl SourceControl {
         }
         let limits = self.limits();
         let end = RoundEnd { next: self.next_round_is(&end), ..end };
+        let is_met = end.predicted_pause() <= limits.downtime;
+        if is_met {
+            self.course.met = Some(end.met_after());
+        }
         match end.decide(&limits) {
             Decision::AwaitQueue => {
-                self.course.extra_rounds += u32::from(end.predicted_pause() <= limits.downtime);
                 self.queue_awaited_since = Some(self.now);
                 self.act(Action::AwaitQueue);
             }
-            Decision::Continue if end.predicted_pause() <= limits.downtime => {
-                self.course.extra_rounds += 1;
-                self.next_round();
-            }
+            Decision::Continue if is_met => self.next_round(),
             Decision::Continue => self.go_on(&end, &limits),
             // A throttle aims lower than the limit, and there is time.
             Decision::Stop if self.is_throttled_short_of_its_aim(&end, &limits) => self.go_on(&end, &limits),
@@ -99,6 +99,7 @@ impl SourceControl {
             switchover_bytes_per_s: self.switchover_bytes_per_s,
             fixed: self.cost.total(),
             next: None,
+            met: self.course.met,
         }
     }
 

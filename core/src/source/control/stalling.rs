@@ -9,7 +9,7 @@ use crate::fit::{Ahead, Fit, Outlook};
 use crate::machine::Hold;
 use crate::memory::PAGE_SIZE;
 use crate::phase::Phase;
-use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, MOST_EXTRA_ROUNDS, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
+use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
 use crate::predict::{PageCost, Path};
 use crate::source::{OnStall, is_slow};
 
@@ -39,8 +39,8 @@ pub(super) struct Course {
     pub(super) share: f64,
     /// What was last asked for.
     pub(super) hold: Hold,
-    /// Rounds that were made although the limit was met.
-    pub(super) extra_rounds: u32,
+    /// What the move would have taken, had the guest been stopped when the limit was first met.
+    pub(super) met: Option<Duration>,
     /// Rounds after the first pass at whose end the limits were not going to be met.
     doubtful_rounds: u32,
     /// From the end of the round under way until the guest runs at the destination.
@@ -59,7 +59,7 @@ impl Default for Course {
             forcing: None,
             share: 1.0,
             hold: Hold::NONE,
-            extra_rounds: 0,
+            met: None,
             doubtful_rounds: 0,
             then: None,
         }
@@ -231,9 +231,9 @@ impl SourceControl {
         self.course.fit.outlook(&self.ahead(end, limits)?)
     }
 
-    /// What another round would come to.
+    /// What another round would come to. Nothing that a guest that is held should wait for once its limit is met.
     pub(super) fn next_round_is(&self, end: &RoundEnd) -> Option<NextRound> {
-        if self.course.extra_rounds >= MOST_EXTRA_ROUNDS {
+        if self.course.share < 1.0 {
             return None;
         }
         // Where differences may be sent and nobody knows how short they are, pages cost no more than they did.
