@@ -44,8 +44,17 @@ pub struct RoundEnd {
     pub fixed: Duration,
     /// What another round is expected to come to, if that is known.
     pub next: Option<NextRound>,
-    /// What the move would have taken, had the guest been stopped when the limit was first met. `None`: it has not been met before.
-    pub met: Option<Duration>,
+    /// When the limit had been met before. `None`: it has not.
+    pub met: Option<Met>,
+}
+
+/// A limit that was met, and a guest that was not stopped all the same.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Met {
+    /// What the move would have taken, had the guest been stopped when that was so for the first time.
+    pub after: Duration,
+    /// The pause, had it been stopped when that was so for the last time.
+    pub pause: Duration,
 }
 
 /// A round that has not begun.
@@ -127,16 +136,17 @@ impl RoundEnd {
         self.fixed + Duration::from_secs_f64(dirty + queued)
     }
 
-    /// What the move takes if the guest is stopped when the limit is first met, be that before or now.
-    pub fn met_after(&self) -> Duration {
-        self.met.unwrap_or(self.elapsed + self.predicted_pause())
+    /// The limit is met now, if not for the first time.
+    pub fn met_now(&self) -> Met {
+        let pause = self.predicted_pause();
+        Met { after: self.met.map_or(self.elapsed + pause, |met| met.after), pause }
     }
 
     /// Whether a move that goes on for so long although its limit is met takes hardly longer, and keeps within its time budget.
     fn may_take(&self, all: Duration, limits: &Limits) -> bool {
         self.round < limits.max_rounds
             && limits.timeout.is_none_or(|timeout| all < timeout)
-            && all <= self.met_after().mul_f64(1.0 + LONGER)
+            && all <= self.met_now().after.mul_f64(1.0 + LONGER)
     }
 
     /// Whether another round makes the pause shorter and the move hardly longer: what it sends need not be sent in the pause. A limit
@@ -148,7 +158,10 @@ impl RoundEnd {
         let then =
             RoundEnd { dirty_pages: next.dirty_pages, queued_bytes: self.queued_bytes.min(sent as u64), ..*self }
                 .predicted_pause();
-        then <= self.predicted_pause().mul_f64(LEFT) && self.may_take(self.elapsed + next.duration + then, limits)
+        let now = self.predicted_pause();
+        // One that was to make the pause shorter and did not shows that nothing more is to be had.
+        let paid = self.met.is_none_or(|met| now <= met.pause.mul_f64(LEFT));
+        paid && then <= now.mul_f64(LEFT) && self.may_take(self.elapsed + next.duration + then, limits)
     }
 
     /// Whether most of the pause would be waiting for what has been sent already. Waiting before it takes as long and keeps nobody from
@@ -258,9 +271,10 @@ mod tests {
         assert_eq!(decided(RoundEnd { dirty_pages: 200, ..fixed }), Decision::Stop, "hardly anything to gain");
         assert_eq!(decided(next(15 * MS, 100)), Decision::Continue, "118.5 ms in all, 108 without");
         assert_eq!(decided(next(16 * MS, 100)), Decision::Stop, "makes the move more than a tenth longer");
-        let before = RoundEnd { met: Some(98 * MS), ..next(5 * MS, 100) };
-        assert_eq!(decided(before), Decision::Stop, "together with rounds before makes it more than a tenth longer");
-        assert_eq!(decided(RoundEnd { met: Some(99 * MS), ..before }), Decision::Continue);
+        let met = |after, pause| RoundEnd { met: Some(Met { after, pause }), ..next(5 * MS, 100) };
+        assert_eq!(decided(met(98 * MS, 10 * MS)), Decision::Stop, "all of them make it more than a tenth longer");
+        assert_eq!(decided(met(99 * MS, 10 * MS)), Decision::Continue);
+        assert_eq!(decided(met(99 * MS, 9 * MS)), Decision::Stop, "the last one has hardly made the pause shorter");
         assert_eq!(decided(RoundEnd { round: 3, ..next(5 * MS, 100) }), Decision::Stop, "no round is left");
         let timed = Limits { timeout: Some(108 * MS), ..limits(OnStall::Abort) };
         assert_eq!(next(5 * MS, 100).decide(&timed), Decision::Stop, "no time is left");
@@ -278,7 +292,8 @@ mod tests {
         assert_eq!(decided(RoundEnd { round: 3, ..queued(5_000_000) }), Decision::Stop, "no round is left");
         let timed = Limits { timeout: Some(101 * MS), ..limits(OnStall::Abort) };
         assert_eq!(queued(5_000_000).decide(&timed), Decision::Stop, "no time is left");
-        let long = RoundEnd { met: Some(95 * MS), ..queued(5_000_000) };
+        let met = Some(Met { after: 95 * MS, pause: 20 * MS });
+        let long = RoundEnd { met, ..queued(5_000_000) };
         assert_eq!(decided(long), Decision::Stop, "it has gone on for too long already");
     }
 

@@ -419,7 +419,7 @@ fn play(
         rounds.push(PredictedRound { pages, wire_bytes, seconds, dirty_pages, pause_seconds });
         let mut decided = decide(&end);
         if decided == Decision::Stop {
-            met = Some(end.met_after());
+            met = Some(end.met_now());
             end.next = Some(slices.next_round(again, path));
             decided = decide(&end);
         }

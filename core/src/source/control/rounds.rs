@@ -62,7 +62,7 @@ impl SourceControl {
         let end = RoundEnd { next: self.next_round_is(&end), ..end };
         let is_met = end.predicted_pause() <= limits.downtime;
         if is_met {
-            self.course.met = Some(end.met_after());
+            self.course.met = Some(end.met_now());
         }
         match end.decide(&limits) {
             Decision::AwaitQueue => {

@@ -9,7 +9,7 @@ use crate::fit::{Ahead, Fit, Outlook};
 use crate::machine::Hold;
 use crate::memory::PAGE_SIZE;
 use crate::phase::Phase;
-use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
+use crate::policy::{DATA_PATH_BYTES_PER_S, Limits, Met, NextRound, RoundEnd, Stall, THROTTLED_AFTER};
 use crate::predict::{PageCost, Path};
 use crate::source::{OnStall, is_slow};
 
@@ -39,8 +39,8 @@ pub(super) struct Course {
     pub(super) share: f64,
     /// What was last asked for.
     pub(super) hold: Hold,
-    /// What the move would have taken, had the guest been stopped when the limit was first met.
-    pub(super) met: Option<Duration>,
+    /// When the downtime limit was met.
+    pub(super) met: Option<Met>,
     /// Rounds after the first pass at whose end the limits were not going to be met.
     doubtful_rounds: u32,
     /// From the end of the round under way until the guest runs at the destination.
