@@ -238,6 +238,7 @@ impl SendingChannel {
             Order::Probe(bytes) => Work::Probe { chunks: bytes / MAX_PROBE_BYTES as u64 },
             Order::Round { first } => {
                 self.again = 0;
+                self.begin_with_small_pieces();
                 let visit = Visit::Round { first, pages: self.pages() };
                 Work::Visit { next: self.index, visit }
             }

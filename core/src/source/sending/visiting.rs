@@ -45,6 +45,15 @@ pub(super) struct Piece {
     since_bytes: u64,
 }
 
+impl Piece {
+    /// How many words may follow one that has cost so much, where so many bytes are taken in time. At most twice as many: words that cost
+    /// nothing, as those of pages that were never touched, do not say what the next ones cost.
+    fn next_words(&self, taken_bytes: f64, cost_bytes: u64) -> usize {
+        let words = taken_bytes * self.words as f64 / cost_bytes.max(1) as f64;
+        (words.round() as usize).min(2 * self.words).clamp(1, STRIPE_WORDS)
+    }
+}
+
 impl SendingChannel {
     /// What was taken to be sent and has not been encoded is pending as before.
     pub(super) fn put_back(&mut self, pending: &Pending) {
@@ -133,10 +142,13 @@ impl SendingChannel {
     /// the last ones have cost; all of them on a fast one, and where there is hardly anything to send.
     fn words_at_once(&self, pages: &SourcePages, pace: Pace) -> usize {
         let Some(rate) = pace.bytes_per_s.filter(|rate| is_slow(Some(*rate))) else { return STRIPE_WORDS };
-        let bytes = self.produced_bytes().saturating_sub(self.piece.since_bytes).max(1);
-        let taken = rate as f64 / pages.channels as f64 * READY_FOR.as_secs_f64();
-        let words = taken * self.piece.words as f64 / bytes as f64;
-        (words.round() as usize).clamp(1, STRIPE_WORDS)
+        let cost_bytes = self.produced_bytes().saturating_sub(self.piece.since_bytes);
+        self.piece.next_words(rate as f64 / pages.channels as f64 * READY_FOR.as_secs_f64(), cost_bytes)
+    }
+
+    /// What a round sends costs something else than what the one before sent last.
+    pub(super) fn begin_with_small_pieces(&mut self) {
+        self.piece = Piece { words: 0, since_bytes: self.produced_bytes() };
     }
 
     fn produced_bytes(&self) -> u64 {
@@ -223,5 +235,22 @@ impl SendingChannel {
         let replaced = pages.table.set(slot, entry);
         self.again += u64::from(replaced.was_sent);
         self.sum = self.sum.wrapping_add(replaced.growth);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_piece_follows_from_what_the_last_one_has_cost() {
+        let next = |words, cost_bytes| Piece { words, since_bytes: 0 }.next_words(600_000.0, cost_bytes);
+        assert_eq!(next(0, 0), 1, "a round begins with one word, whatever the last one has ended with");
+        assert_eq!(next(8, 8 * 64 * 4104), 2);
+        assert_eq!(next(2, 2 * 64 * 24), 4, "quickly more where they cost little");
+        assert_eq!(next(4, 0), 8);
+        assert_eq!(next(1, 0), 2, "words that cost nothing say little");
+        assert_eq!(next(1, 64 * 4104), 2);
+        assert_eq!(next(1, 10_000_000), 1);
     }
 }
