@@ -35,7 +35,7 @@ fn main() {
         kvm("memory_in_a_memfd", memory_in_a_memfd),
         kvm("above_4_gib", above_4_gib),
         kvm("onward_and_back", onward_and_back),
-        kvm("the_gap_is_short", the_gap_is_short),
+        kvm("both_ends_never_run", both_ends_never_run),
         kvm("a_paused_guest_arrives_paused", a_paused_guest_arrives_paused),
         kvm("held_until_resume", held_until_resume),
         kvm("waits_before_the_switchover", waits_before_the_switchover),
@@ -117,19 +117,16 @@ fn onward_and_back(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// Never do both ends run the guest: the destination's first own heartbeat comes after the source's last.
-fn the_gap_is_short(scene: &Scene) -> Result<()> {
-    const LONGEST_MS: f64 = 200.0;
+/// Never do both ends run the guest: the destination's first own heartbeat comes after the source's last. How long after, benches say.
+fn both_ends_never_run(scene: &Scene) -> Result<()> {
     let workload = Workload { vcpus: 2, ..Workload::default() };
     let source = Node::sender(scene, "source", None, &workload, &[])?;
     let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
     let target = source.heartbeats(workload.vcpus)?;
-    let options = ["--downtime-limit", "20ms", "--audit"];
-    let measured = measure::measure(&source, &destination, target, None, &options, LIMIT, |_| ())?;
+    let measured = measure::measure(&source, &destination, target, None, &["--audit"], LIMIT, |_| ())?;
     let gap = measured.gap;
     println!("gap {gap:?}, own downtime {} ms", measured.downtime_ms);
-    ensure!(gap.gap_ms > 0.0 && gap.gap_ms < LONGEST_MS, "{gap:?}");
-    ensure!(measured.downtime_ms < LONGEST_MS, "own downtime: {} ms", measured.downtime_ms);
+    ensure!(gap.gap_ms > 0.0 && measured.downtime_ms > 0.0, "{gap:?}, own downtime {} ms", measured.downtime_ms);
     destination.ensure_guest_unharmed(&workload)
 }
 

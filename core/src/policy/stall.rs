@@ -9,6 +9,9 @@
 //! A round bears out that the downtime limit cannot be met if it leaves about as much dirty as the one before. It is shrinking
 //! that is seen, not predicted: a writer that goes through memory from front to back is hard to predict, and shrinks all the same. That the
 //! time budget is too short every round bears out.
+//!
+//! What cannot be taken back is not done before the limits have been out of reach for a second ([`Stall::has_stood`]): a host that
+//! was busy with something else for a moment makes one round slow, and the next ones show it.
 
 use std::time::Duration;
 
@@ -18,6 +21,8 @@ use crate::fit::Outlook;
 const SHRUNK: f64 = 0.95;
 /// A throttle begins as soon as this in the first pass, if a clear prediction has stood for half of it.
 pub const THROTTLED_AFTER: Duration = Duration::from_secs(1);
+/// Before a move is given up, or its guest stopped, the limits have been out of reach for this long: several times what a busy host holds a round up.
+const STOOD: Duration = Duration::from_secs(1);
 /// A clear prediction is not to be let stand for longer than this without something being done.
 const LATEST: Duration = Duration::from_secs(8);
 
@@ -30,6 +35,8 @@ pub struct Stall {
 
 #[derive(Debug, Clone)]
 struct Doubt {
+    /// Since when the limits have not been going to be met.
+    since: Duration,
     /// Since when the prediction has been clear.
     clear_since: Option<Duration>,
     /// Rounds in a row that have borne it out.
@@ -51,6 +58,11 @@ impl Stall {
             true => Some(doubt.why.clone()),
             false => self.check(now),
         }
+    }
+
+    /// The limits have been out of reach for long enough to do what cannot be taken back.
+    pub fn has_stood(&self, now: Duration) -> bool {
+        self.doubt.as_ref().is_some_and(|doubt| now >= doubt.since + STOOD)
     }
 
     /// Something has been seen in the first pass. Some: the move has stalled, why.
@@ -85,7 +97,7 @@ impl Stall {
             self.doubt = None;
             return;
         }
-        let doubt = self.doubt.get_or_insert(Doubt { clear_since: None, rounds: 0, why: String::new() });
+        let doubt = self.doubt.get_or_insert(Doubt { since: now, clear_since: None, rounds: 0, why: String::new() });
         doubt.why = outlook.why.clone().unwrap_or_else(|| "the limits are not met".into());
         doubt.clear_since = outlook.hopeless.then(|| doubt.clear_since.unwrap_or(now));
     }
@@ -123,6 +135,18 @@ mod tests {
         for (dirty_pages, stalled) in [(1000, false), (990, false), (800, false), (810, false), (800, true)] {
             assert_eq!(stall.judge_round(S, dirty_pages, &narrow).is_some(), stalled, "{dirty_pages}");
         }
+    }
+
+    #[test]
+    fn a_moment_of_slowness_is_nothing_to_end_a_move_for() {
+        let (mut stall, clear) = (Stall::default(), outlook(false, true));
+        assert!(!stall.has_stood(S));
+        stall.judge_round(S, 1000, &clear);
+        stall.judge_round(3 * S / 2, 1000, &outlook(false, false));
+        assert!(!stall.has_stood(19 * S / 10) && stall.has_stood(2 * S));
+        stall.judge_round(2 * S, 1000, &outlook(true, false));
+        stall.judge_round(3 * S, 1000, &clear);
+        assert!(!stall.has_stood(3 * S), "it begins anew");
     }
 
     #[test]

@@ -162,16 +162,17 @@ impl SourceControl {
             None if throttles && end.round == 0 => self.clear_in_first_pass(),
             stalled => stalled,
         };
+        let has_stood = self.course.stall.has_stood(self.now);
         self.course.doubtful_rounds += u32::from(end.round > 0 && !outlook.converges);
         // A throttle can be taken back after the next round: it does not wait for two judgements in a row. Writers that go through memory from
         // front to back leave now more, now less, and the budget would be used up: once they are known as such, no round is waited for.
         let known = !outlook.converges && self.course.fit.front_pages_per_s().is_some();
         let doubtful = known || self.course.doubtful_rounds >= DOUBTFUL_ROUNDS;
         if throttles && (stalled.is_some() || doubtful || self.course.share < 1.0) {
-            let certain = stalled.is_some();
+            let certain = stalled.is_some() && has_stood;
             return self.throttle_after_round(end, limits, certain, &stalled.or(outlook.why).unwrap_or_default());
         }
-        let Some(why) = stalled else {
+        let Some(why) = stalled.filter(|_| has_stood) else {
             self.course.forcing = None;
             return self.next_round();
         };
