@@ -10,8 +10,8 @@
 //! that is seen, not predicted: a writer that goes through memory from front to back is hard to predict, and shrinks all the same. That the
 //! time budget is too short every round bears out.
 //!
-//! What cannot be taken back is not done before the limits have been out of reach for a second ([`Stall::has_stood`]): a host that
-//! was busy with something else for a moment makes one round slow, and the next ones show it.
+//! What cannot be taken back is not done before the limits have been out of reach for a second in which no round left less than all before
+//! ([`Stall::has_stood`]): a host that was busy with something else for a moment makes one round slow, and the next ones show it.
 
 use std::time::Duration;
 
@@ -31,11 +31,13 @@ const LATEST: Duration = Duration::from_secs(8);
 pub struct Stall {
     doubt: Option<Doubt>,
     dirty_pages: Option<u64>,
+    /// What the best round so far has left.
+    least_dirty_pages: Option<u64>,
 }
 
 #[derive(Debug, Clone)]
 struct Doubt {
-    /// Since when the limits have not been going to be met.
+    /// Since when the limits have not been going to be met, and no round has got further than all before.
     since: Duration,
     /// Since when the prediction has been clear.
     clear_since: Option<Duration>,
@@ -48,9 +50,14 @@ impl Stall {
     /// A round has ended with so many dirty pages. Some: the move has stalled, why.
     pub fn judge_round(&mut self, now: Duration, dirty_pages: u64, outlook: &Outlook) -> Option<String> {
         let before = self.dirty_pages.replace(dirty_pages);
+        let least = self.least_dirty_pages.filter(|least| !shrunk(*least, dirty_pages));
+        self.least_dirty_pages = least.or(Some(dirty_pages));
         self.note(now, outlook);
         let doubt = self.doubt.as_mut()?;
-        let stands_still = before.is_some_and(|before| dirty_pages as f64 > SHRUNK * before as f64);
+        if least.is_none() && !outlook.late {
+            doubt.since = now;
+        }
+        let stands_still = before.is_some_and(|before| !shrunk(before, dirty_pages));
         let borne_out = stands_still || (outlook.late && before.is_some());
         doubt.rounds = if borne_out { doubt.rounds + 1 } else { 0 };
         let enough = if doubt.clear_since.is_some() { 1 } else { 2 };
@@ -60,7 +67,7 @@ impl Stall {
         }
     }
 
-    /// The limits have been out of reach for long enough to do what cannot be taken back.
+    /// The limits have been out of reach, without getting closer, for long enough to do what cannot be taken back.
     pub fn has_stood(&self, now: Duration) -> bool {
         self.doubt.as_ref().is_some_and(|doubt| now >= doubt.since + STOOD)
     }
@@ -101,6 +108,10 @@ impl Stall {
         doubt.why = outlook.why.clone().unwrap_or_else(|| "the limits are not met".into());
         doubt.clear_since = outlook.hopeless.then(|| doubt.clear_since.unwrap_or(now));
     }
+}
+
+fn shrunk(before: u64, now: u64) -> bool {
+    now as f64 <= SHRUNK * before as f64
 }
 
 #[cfg(test)]
@@ -147,6 +158,8 @@ mod tests {
         stall.judge_round(2 * S, 1000, &outlook(true, false));
         stall.judge_round(3 * S, 1000, &clear);
         assert!(!stall.has_stood(3 * S), "it begins anew");
+        assert_eq!(stall.judge_round(5 * S, 400, &clear), None);
+        assert!(!stall.has_stood(5 * S) && stall.has_stood(6 * S), "the last round has got further than any before");
     }
 
     #[test]
