@@ -30,6 +30,8 @@ pub(crate) struct Play {
     pub(crate) first: usize,
     /// Pages written for each page sent.
     pub(crate) k: f64,
+    /// Of its time, what it needs to write so much.
+    pub(crate) busy: f64,
     /// From some round on the guest writes so many times as fast.
     pub(crate) change: (u32, f64),
 }
@@ -45,8 +47,10 @@ pub(crate) struct Played {
     pub(crate) now: f64,
     /// and those that the guest has run.
     ran: f64,
-    /// What the guest is left of its time.
+    /// What the guest is left of its time,
     pub(crate) share: f64,
+    /// and how many clean pages it may write in a second.
+    pub(crate) pages_per_s: f64,
     ages: Ages,
     /// When each part was cleared that the first pass has sent.
     cleared: Vec<f64>,
@@ -58,7 +62,7 @@ impl Play {
         let set = (memory as f64 * (0.1 + 0.8 * random.f64())) as usize;
         let order = [Order::Random, Order::Sequential, Order::HotCold][random.usize(..3)];
         let first = random.usize(..memory - set);
-        Self { order, memory, set, first, k: 0.2 + 3.0 * random.f64(), change: (0, 1.0) }
+        Self { order, memory, set, first, k: 0.2 + 3.0 * random.f64(), busy: 1.0, change: (0, 1.0) }
     }
 
     /// Whether it meets a sender that it overtakes at a good moment is luck.
@@ -99,14 +103,18 @@ impl Played {
             now: 0.0,
             ran: 0.0,
             share: 1.0,
+            pages_per_s: f64::INFINITY,
             ages: Ages::new(zone_pages),
             cleared: Vec::new(),
         }
     }
 
     fn write(&mut self, round: u32) {
-        let Play { order, set, first, k, change: (from, factor), .. } = self.play;
-        self.due += self.share * if round >= from { k * factor } else { k };
+        let Play { order, set, first, k, busy, change: (from, factor), .. } = self.play;
+        // From front to back, nearly every page is clean.
+        let most = if matches!(order, Order::Sequential) { self.pages_per_s / SENT_PER_S } else { f64::INFINITY };
+        let wanted = (self.share / busy).min(1.0) * if round >= from { k * factor } else { k };
+        self.due += wanted.min(most);
         while self.due >= 1.0 {
             self.due -= 1.0;
             let page = match order {

@@ -114,7 +114,8 @@ fn stalls_are_told_from_moves_that_converge() {
     assert!(late.is_empty(), "{late:?}");
 }
 
-const STEADY: Play = Play { order: Order::Random, memory: 12_000, set: 6_000, first: 2_000, k: 0.5, change: (0, 1.0) };
+const STEADY: Play =
+    Play { order: Order::Random, memory: 12_000, set: 6_000, first: 2_000, k: 0.5, busy: 1.0, change: (0, 1.0) };
 
 fn after(play: Play, rounds: u32) -> (Played, Fit) {
     let (mut played, mut fit) = (Played::new(play, 3), Fit::default());

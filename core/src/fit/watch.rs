@@ -263,3 +263,83 @@ impl Watch {
 fn count(bits: &StripeBits) -> u32 {
     bits.iter().map(|word| word.count_ones()).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::layout::Stripe;
+    use crate::machine::RegionDescription;
+    use crate::memory::GuestMemory;
+    use crate::pending::Pending;
+    use crate::table::{PageHasher, PageTable};
+    use crate::touched::TouchedPages;
+    use crate::view::MemoryView;
+    use vm_memory::GuestAddress;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    struct All;
+
+    impl TouchedPages for All {
+        fn of(&self, stripe: &Stripe) -> StripeBits {
+            stripe.all()
+        }
+    }
+
+    /// All of its first 64 pages are dirty.
+    struct FirstWord;
+
+    impl DirtyLog for FirstWord {
+        fn start(&self) -> Result<(), MachineError> {
+            Ok(())
+        }
+        fn stop(&self) -> Result<(), MachineError> {
+            Ok(())
+        }
+        fn harvest(&self, _: usize, words: &mut [u64]) -> Result<(), MachineError> {
+            words[0] = u64::MAX;
+            Ok(())
+        }
+        fn clear(&self, _: usize, _: u64, _: &[u64]) -> Result<(), MachineError> {
+            Ok(())
+        }
+    }
+
+    /// Memory of one stripe, all of it pending.
+    fn pages() -> SourcePages {
+        let layout = Arc::new(Layout::new(&[RegionDescription { guest_address: 0, size_bytes: 2 << 20 }]).unwrap());
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let pending = Pending::new(&layout);
+        pending.fill(&layout);
+        SourcePages {
+            pending,
+            table: PageTable::new(&layout),
+            view: MemoryView::new(memory, layout).unwrap(),
+            hasher: PageHasher::new(1, true),
+            touched: Box::new(All),
+            channels: 1,
+        }
+    }
+
+    #[test]
+    fn ages_are_told_by_what_is_cleared_at_once() {
+        let pages = pages();
+        let mut watch = Watch::new(pages.view.layout(), Duration::ZERO, (Compression::None, 0)).unwrap();
+        let mut look = |at: Duration| {
+            let seen = watch.look(&pages, &FirstWord, &|| at).unwrap();
+            (seen, watch.visited[0])
+        };
+        let (nothing, _) = look(MS);
+        assert_eq!(nothing.dirty_pages.iter().sum::<f64>(), 0.0, "what is dirty there has not been visited");
+        pages.pending.take_words(0, 0..1);
+        look(11 * MS);
+        look(1000 * MS);
+        pages.pending.take_words(0, 1..3);
+        let (seen, visited) = look(1010 * MS);
+        assert_eq!(visited[..4], [Some(6 * MS), Some(1002 * MS + MS / 2), Some(1007 * MS + MS / 2), None]);
+        assert_eq!(seen.dirty_pages.iter().sum::<f64>(), 64.0);
+        assert_eq!(seen.unsent_pages.iter().sum::<f64>(), 5.0 * 64.0);
+    }
+}

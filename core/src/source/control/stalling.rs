@@ -15,10 +15,12 @@ use crate::source::{OnStall, is_slow};
 
 /// A pause that is forced begins when it is at most this much longer than the shortest that is within reach.
 const GOOD_MOMENT: f64 = 1.1;
-/// After so many rounds that do not lead to the limits, in a row or not, a guest is throttled.
+/// After so many rounds that do not lead to the limits, the first pass among them, in a row or not, a guest is throttled.
 const DOUBTFUL_ROUNDS: u32 = 2;
 /// A round that took so long shows what leaves, even if that is little.
 const TELLING_ROUND: Duration = Duration::from_millis(100);
+/// A throttle was in vain if the guest writes less by not even so much of what it should.
+const OF_EFFECT: f64 = 0.5;
 /// The first pass is judged this far apart: a throttle takes two judgements in a row.
 pub(super) const JUDGE_INTERVAL: Duration = Duration::from_millis(THROTTLED_AFTER.as_millis() as u64 / 2);
 
@@ -41,8 +43,12 @@ pub(super) struct Course {
     pub(super) hold: Hold,
     /// When the downtime limit was met.
     pub(super) met: Option<Met>,
-    /// Rounds after the first pass at whose end the limits were not going to be met.
+    /// Rounds at whose end the limits were not going to be met.
     doubtful_rounds: u32,
+    /// What the guest was left of its time in the last round, and how fast it wrote: as many times as in the first pass.
+    wrote: Option<(f64, f64)>,
+    /// It was left less than before, and wrote as much: it has time to spare.
+    pub(super) in_vain: bool,
     /// From the end of the round under way until the guest runs at the destination.
     pub(super) then: Option<Duration>,
 }
@@ -61,6 +67,8 @@ impl Default for Course {
             hold: Hold::NONE,
             met: None,
             doubtful_rounds: 0,
+            wrote: None,
+            in_vain: false,
             then: None,
         }
     }
@@ -78,6 +86,16 @@ impl Course {
     pub(super) fn lifted(&mut self) {
         (self.share, self.hold) = (1.0, Hold::NONE);
         self.then = None;
+    }
+
+    /// A round has ended in which the guest was left [`Course::share`].
+    fn compare(&mut self) {
+        let writing = self.share * self.fit.speed();
+        self.in_vain = self.wrote.is_some_and(|(share, before)| {
+            let fall = 1.0 - self.share / share;
+            fall > 0.0 && writing > before * (1.0 - OF_EFFECT * fall)
+        });
+        self.wrote = Some((self.share, writing));
     }
 
     /// A round has ended, or a part of the first pass.
@@ -148,6 +166,7 @@ impl SourceControl {
             0 => self.course.fit.first_pass(sent.seen.clone()),
             _ => self.course.fit.round(sent.seen.clone()),
         }
+        self.course.compare();
     }
 
     /// A round has ended, and the guest cannot stop yet: on to the next one, if that leads anywhere.
@@ -163,7 +182,7 @@ impl SourceControl {
             stalled => stalled,
         };
         let has_stood = self.course.stall.has_stood(self.now);
-        self.course.doubtful_rounds += u32::from(end.round > 0 && !outlook.converges);
+        self.course.doubtful_rounds += u32::from(!outlook.converges);
         // A throttle can be taken back after the next round: it does not wait for two judgements in a row. Writers that go through memory from
         // front to back leave now more, now less, and the budget would be used up: once they are known as such, no round is waited for.
         let known = !outlook.converges && self.course.fit.front_pages_per_s().is_some();

@@ -14,6 +14,10 @@ const LESS: f64 = 0.5;
 /// One round that leaves little does not lift a throttle: the next may leave a lot again. It gives back so many times what the guest was left.
 const MORE: f64 = 2.0;
 
+/// A guest that wrote as much as before in less time has time to spare, and how much nobody knows: it is left so much of what would be right
+/// if it had none.
+const SPARE: f64 = 0.5;
+
 /// A guest that is busy all the time is held by its time alone, which is exact; only one that gets as much done in less comes up against its pages.
 const FREE_PLAY: f64 = 1.15;
 
@@ -44,6 +48,7 @@ impl SourceControl {
             Some(_) if aim.are_spent(end) => self.throttle(self.course.share * LESS, end, limits, why),
             Some(0.0) if certain => return self.give_up(&format!("{why}; and no throttle changes that")),
             Some(0.0) => {}
+            Some(share) if self.course.in_vain => self.throttle(share * SPARE, end, limits, why),
             Some(share) if self.course.share < 1.0 => {
                 self.throttle(share.min(MORE * self.course.share), end, limits, why)
             }
