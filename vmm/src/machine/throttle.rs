@@ -26,6 +26,9 @@ const KEPT: f64 = 0.5;
 /// The least share of time that vCPUs keep: a guest at a standstill would look dead.
 const MIN_SHARE: f64 = 0.01;
 
+/// A guest whose throttle is lifted goes on for so long at least: should it be stopped next, it has not been at rest already.
+const LAST_RUN: Duration = Duration::from_micros(200);
+
 /// Makes vCPUs run and rest by turns.
 pub(super) struct Throttle {
     vcpus: Arc<[Vcpu]>,
@@ -52,6 +55,7 @@ impl Throttle {
                 if thread.join().is_err() {
                     tracing::error!("the throttle's thread panicked");
                 }
+                thread::sleep(LAST_RUN);
             }
             return;
         }

@@ -100,6 +100,8 @@ fn thread_time() -> Duration {
 struct Account {
     share: f64,
     faults_per_s: Option<f64>,
+    /// What its faults alone would have it rest, for each second that it runs.
+    faulting: f64,
     /// When faults were counted last.
     counted: Instant,
     /// Seconds for which it must not take a fault. Less than zero: it may take some at once.
@@ -112,9 +114,15 @@ struct Account {
 
 impl Account {
     fn new(held: Held, now: Instant) -> Self {
-        let nothing =
-            Self { share: 1.0, faults_per_s: None, counted: now, faults_owed_s: 0.0, rests_since: None, owed_s: 0.0 };
-        let mut account = nothing;
+        let mut account = Self {
+            share: 1.0,
+            faults_per_s: None,
+            faulting: 0.0,
+            counted: now,
+            faults_owed_s: 0.0,
+            rests_since: None,
+            owed_s: 0.0,
+        };
         account.set(held);
         account
     }
@@ -123,13 +131,13 @@ impl Account {
         self.share = clamp(held.share);
         self.faults_per_s = held.faults_per_s.filter(|limit| *limit > 0.0);
         if self.faults_per_s.is_none() {
-            self.faults_owed_s = 0.0;
+            (self.faults_owed_s, self.faulting) = (0.0, 0.0);
         }
     }
 
     /// How long it runs between two rests.
     fn run(&self) -> Duration {
-        USUAL_REST.mul_f64(1.0 / self.rest_per_run().max(1e-3)).clamp(SHORTEST_RUN, LONGEST_RUN)
+        USUAL_REST.mul_f64(1.0 / self.rest_per_run().max(self.faulting).max(1e-3)).clamp(SHORTEST_RUN, LONGEST_RUN)
     }
 
     /// How long it rests if nothing is late.
@@ -155,6 +163,7 @@ impl Account {
             let passed = now.saturating_duration_since(self.counted).as_secs_f64();
             let owed = self.faults_owed_s + taken as f64 / limit - passed;
             self.faults_owed_s = owed.clamp(-USUAL_REST.as_secs_f64(), LONGEST_DEBT.as_secs_f64());
+            self.faulting = taken as f64 / limit / ran.max(SHORTEST_ALARM).as_secs_f64();
         }
         self.counted = now;
         let has_run = ran + SHORTEST_ALARM / 2 >= self.run();
@@ -200,6 +209,21 @@ mod tests {
         // One that takes none is held by its time.
         let until = account.rest(now + 200 * MS, MS, 0).unwrap();
         assert!(until < now + 201 * MS, "{:?}", until - now);
+    }
+
+    #[test]
+    fn the_more_faults_it_takes_the_shorter_it_runs_and_no_rest_is_long() {
+        // 100 faults in each millisecond that it runs, 2500 a second allowed.
+        let mut now = Instant::now();
+        let mut account = Account::new(Held { share: 0.6, faults_per_s: Some(2500.0) }, now);
+        for number in 0..100 {
+            let run = account.run();
+            now += run;
+            let until = account.rest(now, run, (run.as_secs_f64() * 100_000.0).round() as u64).unwrap();
+            assert!(number == 0 || until - now <= USUAL_REST, "{:?}", until - now);
+            now = until;
+            account.goes_on(now);
+        }
     }
 
     #[test]

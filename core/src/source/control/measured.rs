@@ -5,9 +5,9 @@ use std::time::Duration;
 /// Messages in sequence between the end of the final pages and *running*: table, ready, commit, running.
 pub const HANDOVER_TRIPS: u32 = 2;
 
-/// In the pause, beside all that is measured: workers and coordinators at both ends are told, and the tables are compared. The median of 53
-/// short pauses (docs/convergence.md).
-pub const IN_PAUSE: Duration = Duration::from_micros(1300);
+/// In the pause, beside all that is measured: workers and coordinators at both ends are told, and the tables are compared. What suited 111
+/// short pauses best, on quieter days and on busier ones (docs/convergence.md).
+pub const IN_PAUSE: Duration = Duration::from_micros(1500);
 
 /// The peer's clock, by the sample with the shortest round trip.
 #[derive(Default)]
