@@ -143,10 +143,11 @@ impl Hosts {
         self.hosts[host].interface(&link_name(to))
     }
 
-    /// Limits what `host` sends to `to`, as a slow link does. What it lets through at once is worth 2 ms, within what suits buffers.
+    /// Limits what `host` sends to `to`, as a slow link does. What it lets through at once is worth 1 ms, within what suits buffers:
+    /// no wire lets a pause of a few pages through at once.
     pub fn shape(&self, host: usize, to: usize, megabits_per_s: u32) -> Result<()> {
         let (link, rate) = (link_name(to), format!("{megabits_per_s}mbit"));
-        let burst = format!("{}kb", (megabits_per_s / 4).clamp(16, 128));
+        let burst = format!("{}kb", (megabits_per_s / 8).clamp(16, 128));
         self.hosts[host]
             .tc(&["qdisc", "replace", "dev", &link, "root", "tbf", "rate", &rate, "burst", &burst, "latency", "50ms"])
     }
