@@ -32,7 +32,10 @@ fn data_channel(uri: &Uri) -> (Listener, Channel, Channel) {
     let listener = listen(uri, Options::default()).unwrap();
     let mut incoming = listener.incoming_data();
     incoming.expect(TOKEN);
-    let dialled = connect(listener.uri(), Options::default()).unwrap().data(TOKEN, 0, LIMIT).unwrap();
+    let dial = connect(listener.uri(), Options::default()).unwrap();
+    // As in a move: what it tells of the link rules how others are opened.
+    let _control = dial.control(LIMIT).unwrap();
+    let dialled = dial.data(TOKEN, 0, LIMIT).unwrap();
     let (_, accepted) = incoming.accept(LIMIT).unwrap();
     (listener, dialled, accepted)
 }

@@ -84,10 +84,12 @@ impl Buffered<'_> {
     }
 
     fn read_exact_volatile(&mut self, memory: &VolatileSlice<'_, ()>) -> io::Result<()> {
-        let mut done = 0;
+        let (mut done, mut past) = (0, false);
         while done < memory.len() {
             let mut rest = memory.offset(done).map_err(io::Error::other)?;
-            if self.used == self.filled && rest.len() >= self.buffer.len() {
+            // What has been begun past the buffer ends so: what would be read with its rest would have to be copied.
+            past |= self.used == self.filled && rest.len() >= self.buffer.len();
+            if past {
                 self.read_past = true;
                 match self.reader.read_volatile(&mut rest)? {
                     0 => return Err(io::ErrorKind::UnexpectedEof.into()),

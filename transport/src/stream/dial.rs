@@ -4,14 +4,19 @@ use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use godwit_core::{Channel, Dial, SessionToken};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use super::tcp;
 use crate::preamble::{ANSWER_BYTES, Preamble, decode_answer};
 use crate::{DialError, Uri};
+
+/// A peer that answers more quickly than this is near: in the same site, as a rule. There the congestion control for long ways costs more
+/// than it gains.
+const NEAR: Duration = Duration::from_millis(2);
 
 /// Dials over TCP.
 pub(crate) struct TcpDial {
@@ -19,12 +24,14 @@ pub(crate) struct TcpDial {
     addresses: Vec<SocketAddr>,
     /// Which address answered last; the others are tried after it.
     preferred: AtomicUsize,
+    /// The peer was seen to be near.
+    near: AtomicBool,
 }
 
 impl TcpDial {
     /// `addresses` are the resolved ones of `uri`, at least one.
     pub(crate) fn new(uri: Uri, addresses: Vec<SocketAddr>) -> Self {
-        Self { uri: Arc::new(uri), addresses, preferred: AtomicUsize::new(0) }
+        Self { uri: Arc::new(uri), addresses, preferred: AtomicUsize::new(0), near: AtomicBool::new(false) }
     }
 
     fn open(&self, preamble: &Preamble, limit: Duration) -> io::Result<Channel> {
@@ -42,8 +49,10 @@ impl TcpDial {
             let at = (first + tried) % count;
             // An address that swallows packets must leave time for the others.
             let share = attempt.time_left()? / (count - tried) as u32;
-            match connect_tcp(self.addresses[at], share) {
+            match self.connect_to(self.addresses[at], share) {
                 Ok(socket) => {
+                    let near = tcp::round_trip(&socket).is_some_and(|round_trip| round_trip < NEAR);
+                    self.near.fetch_or(near, Ordering::Relaxed);
                     self.preferred.store(at, Ordering::Relaxed);
                     return Ok(socket);
                 }
@@ -52,13 +61,16 @@ impl TcpDial {
         }
         Err(attempt.failed(last_error.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into())))
     }
-}
 
-fn connect_tcp(address: SocketAddr, limit: Duration) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    super::tune_tcp(&socket)?;
-    socket.connect_timeout(&address.into(), limit)?;
-    Ok(socket)
+    fn connect_to(&self, address: SocketAddr, limit: Duration) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        super::tune_tcp(&socket)?;
+        if self.near.load(Ordering::Relaxed) {
+            tcp::leave_bbr(&socket);
+        }
+        socket.connect_timeout(&address.into(), limit)?;
+        Ok(socket)
+    }
 }
 
 impl Dial for TcpDial {

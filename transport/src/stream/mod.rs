@@ -58,7 +58,11 @@ fn channel(socket: Socket, peer: String) -> Channel {
     let shared = Arc::new(Shared { socket, passes_files, hung_up: AtomicBool::new(false) });
     Channel {
         hang_up: Arc::new(StreamHangUp(Arc::downgrade(&shared))),
-        reader: Box::new(StreamReader { shared: Arc::clone(&shared), files: Vec::new() }),
+        reader: Box::new(StreamReader {
+            shared: Arc::clone(&shared),
+            incoming: tcp::Incoming::new(),
+            files: Vec::new(),
+        }),
         writer: Box::new(StreamWriter { shared, bytes_written: 0 }),
         peer,
     }
@@ -113,32 +117,28 @@ fn hung_up_error() -> io::Error {
 
 struct StreamReader {
     shared: Arc<Shared>,
+    incoming: tcp::Incoming,
     /// What has come along and was not taken.
     files: Vec<OwnedFd>,
 }
 
 impl ChannelReader for StreamReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Self { shared, files } = self;
+        let Self { shared, incoming, files } = self;
         shared.read_with(|| match shared.passes_files {
             true => files::receive(&shared.socket, buffer, files),
-            false => (&shared.socket).read(buffer),
+            false => incoming.read(&shared.socket, buffer, 1),
         })
     }
 
     fn read_volatile(&mut self, buffer: &mut VolatileSlice<'_, ()>) -> io::Result<usize> {
-        let Shared { socket, passes_files, .. } = &*self.shared;
-        // Pages come a run at a time. Woken up for each packet, who reads would go through the scheduler several times for one.
-        let awaited = buffer.len().min(MOST_AWAITED_BYTES);
-        if !passes_files {
-            tcp::wake_for(socket, awaited)?;
-        }
-        // `read(2)` straight into guest memory.
-        let read = self.shared.read_with(|| socket.as_fd().read_volatile(buffer).map_err(into_io_error));
-        if !passes_files {
-            tcp::wake_for(socket, 1)?;
-        }
-        read
+        let Self { shared, incoming, .. } = self;
+        shared.read_with(|| match shared.passes_files {
+            // `read(2)` straight into guest memory.
+            true => shared.socket.as_fd().read_volatile(buffer).map_err(into_io_error),
+            // Pages come a run at a time. Woken up for each packet, who reads would go through the scheduler several times for one.
+            false => incoming.read_volatile(&shared.socket, buffer, buffer.len().min(MOST_AWAITED_BYTES)),
+        })
     }
 
     fn take_files(&mut self) -> Vec<OwnedFd> {
@@ -209,7 +209,7 @@ impl ChannelWriter for StreamWriter {
     }
 
     fn hasten(&mut self) {
-        tcp::do_not_probe(&self.shared.socket);
+        tcp::leave_bbr(&self.shared.socket);
     }
 
     fn finish(&mut self) -> io::Result<()> {

@@ -4,7 +4,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::RecvFlags;
 use socket2::Socket;
+use vm_memory::VolatileSlice;
 
 /// Offset of `tcpi_rwnd_limited` (u64, microseconds) in the kernel's `struct tcp_info` (include/uapi/linux/tcp.h, since Linux
 /// 4.10); that of the libc crate ends before it. The struct only ever grows at its end.
@@ -13,6 +16,18 @@ const LENGTH: usize = RWND_LIMITED_AT + size_of::<u64>();
 
 /// How long the peer's receive window, and nothing else, has kept bytes from being sent. `None`: no TCP, or a kernel that does not say.
 pub(super) fn receive_window_limited(socket: &Socket) -> Option<Duration> {
+    let microseconds = info(socket)?[RWND_LIMITED_AT..].first_chunk().copied().map(u64::from_ne_bytes)?;
+    Some(Duration::from_micros(microseconds))
+}
+
+/// How long the peer takes to answer, smoothed. `None`: as above.
+pub(super) fn round_trip(socket: &Socket) -> Option<Duration> {
+    let at = std::mem::offset_of!(libc::tcp_info, tcpi_rtt);
+    let microseconds = info(socket)?[at..].first_chunk().copied().map(u32::from_ne_bytes)?;
+    Some(Duration::from_micros(microseconds.into()))
+}
+
+fn info(socket: &Socket) -> Option<[u8; LENGTH]> {
     let mut info = [0u8; LENGTH];
     let mut length = LENGTH as libc::socklen_t;
     // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel writes at most `length` bytes to `info`.
@@ -25,34 +40,94 @@ pub(super) fn receive_window_limited(socket: &Socket) -> Option<Duration> {
             &raw mut length,
         )
     };
-    if result != 0 || (length as usize) < LENGTH {
-        return None;
+    (result == 0 && length as usize == LENGTH).then_some(info)
+}
+
+/// The reading side of a connection. Whoever waits is woken up once what is awaited is there, or no more can come: the peer has ended, the
+/// connection is broken, or the window is full.
+pub(super) struct Incoming {
+    /// What the socket has been told (`SO_RCVLOWAT`, socket(7)).
+    low_water_bytes: usize,
+}
+
+impl Incoming {
+    /// That of a new connection.
+    pub(super) fn new() -> Self {
+        Self { low_water_bytes: 1 }
     }
-    let microseconds = info[RWND_LIMITED_AT..].first_chunk().copied().map(u64::from_ne_bytes)?;
-    Some(Duration::from_micros(microseconds))
+
+    /// Reads some bytes. If there are none yet, waits for `awaited_bytes`.
+    pub(super) fn read(&mut self, socket: &Socket, buffer: &mut [u8], awaited_bytes: usize) -> io::Result<usize> {
+        self.read_by(socket, awaited_bytes, || Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::DONTWAIT)?.0))
+    }
+
+    /// The same, straight into guest memory.
+    pub(super) fn read_volatile(
+        &mut self,
+        socket: &Socket,
+        buffer: &mut VolatileSlice<'_, ()>,
+        awaited_bytes: usize,
+    ) -> io::Result<usize> {
+        self.read_by(socket, awaited_bytes, || {
+            let memory = buffer.ptr_guard_mut();
+            // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel writes at most `len` bytes to memory that
+            // the slice stands for and the guard keeps mapped.
+            let read =
+                unsafe { libc::recv(socket.as_raw_fd(), memory.as_ptr().cast(), memory.len(), libc::MSG_DONTWAIT) };
+            usize::try_from(read).map_err(|_| io::Error::last_os_error())
+        })
+    }
+
+    /// `read` does not wait. One that did would take in what there is, and then be woken up only once as much as was awaited has come
+    /// *again*, which may be more than the peer has left to send.
+    fn read_by(
+        &mut self,
+        socket: &Socket,
+        awaited_bytes: usize,
+        mut read: impl FnMut() -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        loop {
+            match read() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+            self.wake_for(socket, awaited_bytes)?;
+            poll(&mut [PollFd::new(socket, PollFlags::IN)], None)?;
+        }
+    }
+
+    fn wake_for(&mut self, socket: &Socket, bytes: usize) -> io::Result<()> {
+        if bytes == self.low_water_bytes {
+            return Ok(());
+        }
+        let low_water = bytes.clamp(1, i32::MAX as usize) as libc::c_int;
+        // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel reads the length given of `low_water`.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVLOWAT,
+                (&raw const low_water).cast(),
+                size_of_val(&low_water) as libc::socklen_t,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.low_water_bytes = bytes;
+        Ok(())
+    }
 }
 
-/// Whoever reads from the socket is woken up once so many bytes are there (`SO_RCVLOWAT`, socket(7)), or no more can come: the peer has
-/// ended, the connection is broken, or the window is full. Reads of fewer bytes are not woken up before either.
-pub(super) fn wake_for(socket: &Socket, bytes: usize) -> io::Result<()> {
-    let bytes = bytes.clamp(1, i32::MAX as usize) as libc::c_int;
-    // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel reads the length given of `bytes`.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const bytes).cast(),
-            size_of_val(&bytes) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Keeps a connection from taking time off while the guest stands still. About once in ten seconds BBR sends next to nothing for 200 ms to
-/// measure the round trip (PROBE_RTT: draft-cardwell-iccrg-bbr-congestion-control-00, 4.3.5); CUBIC and Reno never do. Where neither is
-/// allowed (`net.ipv4.tcp_allowed_congestion_control`), the connection stays as it is.
-pub(super) fn do_not_probe(socket: &Socket) {
+/// Keeps a connection from being paced by BBR, which costs more than it gains between hosts that are near each other, and while the guest
+/// stands still:
+/// - each packet waits for a timer of its own: with both ends on two cores a fifth of the sender's time;
+/// - about once in ten seconds next to nothing is sent for 200 ms to measure the round trip (PROBE_RTT:
+///   draft-cardwell-iccrg-bbr-congestion-control-00, 4.3.5). CUBIC and Reno never do.
+///
+/// The first is for connections that are not open yet: later the kernel keeps the timer. Where neither CUBIC nor Reno is allowed
+/// (`net.ipv4.tcp_allowed_congestion_control`), the connection stays as it is.
+pub(super) fn leave_bbr(socket: &Socket) {
     if socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr")) {
         let _ = socket.set_tcp_congestion(b"cubic").or_else(|_| socket.set_tcp_congestion(b"reno"));
     }
@@ -87,29 +162,63 @@ mod tests {
         assert!(held_up >= Duration::from_millis(100), "{held_up:?}");
     }
 
-    #[test]
-    fn who_waits_for_much_is_not_woken_up_for_little_and_hears_of_the_end() {
+    fn connected() -> (TcpStream, Socket) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let socket = Socket::from(listener.accept().unwrap().0);
-        wake_for(&socket, 64 << 10).unwrap();
-        let writing = thread::spawn(move || {
-            for _ in 0..32 {
-                std::io::Write::write_all(&mut peer, &[1; 2 << 10]).unwrap();
-                thread::sleep(Duration::from_millis(2));
-            }
-            // Less than is waited for, and then the end.
-            std::io::Write::write_all(&mut peer, &[1; 100]).unwrap();
-        });
-        let mut bytes = vec![0; 64 << 10];
-        assert_eq!((&socket).read(&mut bytes).unwrap(), 64 << 10, "in one go");
-        assert_eq!((&socket).read(&mut bytes).unwrap(), 100);
-        assert_eq!((&socket).read(&mut bytes).unwrap(), 0);
-        writing.join().unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        peer.set_nodelay(true).unwrap();
+        (peer, Socket::from(listener.accept().unwrap().0))
     }
 
     #[test]
-    fn a_connection_that_would_probe_does_not_and_others_stay_as_they_are() {
+    fn who_waits_for_much_is_not_woken_up_for_little_and_hears_of_the_end() {
+        let (mut peer, socket) = connected();
+        let (mut bytes, mut incoming) = (vec![0; 64 << 10], Incoming::new());
+        let woken_up = |limit_ms: i64| {
+            let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: limit_ms * 1_000_000 };
+            poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&limit)).unwrap() == 1
+        };
+        incoming.wake_for(&socket, 64 << 10).unwrap();
+        std::io::Write::write_all(&mut peer, &[1; 2 << 10]).unwrap();
+        assert!(!woken_up(50), "little is there");
+        std::io::Write::write_all(&mut peer, &[1; 62 << 10]).unwrap();
+        poll(&mut [PollFd::new(&socket, PollFlags::IN)], None).unwrap();
+        assert_eq!(incoming.read(&socket, &mut bytes, 64 << 10).unwrap(), 64 << 10, "in one go");
+        // Less than is waited for, and then the end.
+        std::io::Write::write_all(&mut peer, &[1; 100]).unwrap();
+        drop(peer);
+        assert_eq!(incoming.read(&socket, &mut bytes, 64 << 10).unwrap(), 100);
+        assert_eq!(incoming.read(&socket, &mut bytes, 64 << 10).unwrap(), 0);
+    }
+
+    #[test]
+    fn who_has_read_a_part_is_woken_up_for_the_rest_though_nothing_follows() {
+        const FIRST: usize = 60 << 10;
+        const SECOND: usize = 1 << 10;
+        let (mut peer, socket) = connected();
+        std::io::Write::write_all(&mut peer, &[1; FIRST]).unwrap();
+        let (sender, read) = std::sync::mpsc::channel();
+        let reading = thread::spawn(move || {
+            let mut bytes = vec![0; FIRST + SECOND];
+            let (mut incoming, mut done) = (Incoming::new(), 0);
+            while done < FIRST + SECOND {
+                let mut rest = VolatileSlice::from(&mut bytes[done..]);
+                let awaited = rest.len();
+                done += incoming.read_volatile(&socket, &mut rest, awaited).unwrap();
+            }
+            sender.send(done).unwrap();
+        });
+        // Long enough for the reader to be waiting.
+        thread::sleep(Duration::from_millis(50));
+        std::io::Write::write_all(&mut peer, &[2; SECOND]).unwrap();
+        let done = read.recv_timeout(Duration::from_secs(10));
+        // Ends the reader, also one that would wait for ever.
+        drop(peer);
+        let _ = reading.join();
+        assert_eq!(done, Ok(FIRST + SECOND));
+    }
+
+    #[test]
+    fn a_connection_leaves_bbr_and_others_stay_as_they_are() {
         let name = |socket: &Socket| {
             let name = socket.tcp_congestion().unwrap();
             String::from_utf8(name).unwrap().trim_end_matches('\0').to_owned()
@@ -117,7 +226,7 @@ mod tests {
         let after = |set: &[u8]| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             socket.set_tcp_congestion(set).unwrap();
-            do_not_probe(&socket);
+            leave_bbr(&socket);
             name(&socket)
         };
         assert_eq!(after(b"reno"), "reno");
@@ -125,11 +234,18 @@ mod tests {
         if Socket::new(Domain::IPV4, Type::STREAM, None).unwrap().set_tcp_congestion(b"bbr").is_ok() {
             assert!(["cubic", "reno"].contains(&after(b"bbr").as_str()));
         }
-        do_not_probe(&Socket::new(Domain::UNIX, Type::STREAM, None).unwrap());
+        leave_bbr(&Socket::new(Domain::UNIX, Type::STREAM, None).unwrap());
+    }
+
+    #[test]
+    fn a_round_trip_on_one_host_is_short() {
+        let (_peer, socket) = connected();
+        assert!(round_trip(&socket).unwrap() < Duration::from_secs(1));
     }
 
     #[test]
     fn nothing_is_known_of_unix_sockets() {
-        assert_eq!(receive_window_limited(&Socket::new(Domain::UNIX, Type::STREAM, None).unwrap()), None);
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        assert_eq!((receive_window_limited(&socket), round_trip(&socket)), (None, None));
     }
 }
