@@ -30,6 +30,11 @@ pub trait ChannelWriter: Send {
     /// Writes all of `buffer`, blocking while the peer is slow.
     fn write_all(&mut self, buffer: &[u8]) -> io::Result<()>;
 
+    /// Writes all of `buffer`, and more is going to be written at once: the end of it may wait for that, and fill a packet with it.
+    fn write_more(&mut self, buffer: &[u8]) -> io::Result<()> {
+        self.write_all(buffer)
+    }
+
     /// Whether files can be passed on with what is written: over a unix socket.
     fn passes_files(&self) -> bool {
         false

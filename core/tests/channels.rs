@@ -188,7 +188,7 @@ impl Scene {
             channel.begin(order);
             while wire.len() < limit {
                 match channel.poll(&self.source, &self.log, pace).unwrap() {
-                    Polled::Bytes(bytes) => {
+                    Polled::Bytes { bytes, .. } => {
                         wire.extend_from_slice(bytes);
                         channel.written();
                     }
@@ -319,7 +319,7 @@ fn over_a_slow_link_what_is_written_before_its_turn_is_sent_once() {
         let mut wire = Vec::new();
         loop {
             match scene.sending[0].poll(&scene.source, &scene.log, pace).unwrap() {
-                Polled::Bytes(bytes) => {
+                Polled::Bytes { bytes, .. } => {
                     // The first pages of the stripe are under way, and the guest writes its last one.
                     let first = wire.is_empty();
                     wire.extend_from_slice(bytes);
@@ -337,6 +337,32 @@ fn over_a_slow_link_what_is_written_before_its_turn_is_sent_once() {
         scene.source.pending.take(1);
         scene.source.pending.take(3);
         assert_eq!(scene.harvest(), again, "{bytes_per_s:?}");
+    }
+}
+
+#[test]
+fn bytes_that_may_wait_for_others_are_followed_by_some() {
+    let rounds = [(Order::Round { first: true }, None), (Order::Round { first: true }, Some(3))];
+    for (order, cut_after) in rounds.into_iter().chain([(Order::Final { link_bytes_per_s: None }, None)]) {
+        let mut scene = Scene::new(Compression::None, None);
+        (0..512).for_each(|page| scene.write(page, 3 + 4 * page as u64));
+        scene.sending[0].begin(order);
+        let mut waiting = Vec::new();
+        loop {
+            let cut = cut_after == Some(waiting.len());
+            let pace = Pace { quantum_bytes: 128 << 10, bytes_per_s: None, cut };
+            match scene.sending[0].poll(&scene.source, &scene.log, pace).unwrap() {
+                Polled::Bytes { more, .. } => {
+                    waiting.push(more);
+                    scene.sending[0].written();
+                }
+                Polled::Done(_) => break,
+                _ => {}
+            }
+        }
+        assert!(waiting.len() > 3, "{order:?}");
+        assert_eq!(waiting.pop(), Some(false), "{order:?}");
+        assert!(waiting.into_iter().all(|more| more), "{order:?}");
     }
 }
 

@@ -85,7 +85,12 @@ pub enum Report {
 #[derive(Debug)]
 pub enum Polled<'c> {
     /// Write these bytes, then call [`SendingChannel::written`].
-    Bytes(&'c [u8]),
+    Bytes {
+        /// The bytes.
+        bytes: &'c [u8],
+        /// Others follow as soon as they are written.
+        more: bool,
+    },
     /// Keep this before anything else is written: its acknowledgement may be quick.
     Marked(Batch),
     /// The order has been carried out.
@@ -270,7 +275,9 @@ impl SendingChannel {
             if self.flush || self.encoder.output_bytes() >= quantum {
                 self.flush = false;
                 if self.encoder.output_bytes() > 0 {
-                    return Ok(Polled::Bytes(self.encoder.bytes()));
+                    // Smaller ones are paced. A stripe that is left in the middle is followed by a mark.
+                    let more = self.current.is_some() && quantum >= OUTPUT_BYTES;
+                    return Ok(Polled::Bytes { bytes: self.encoder.bytes(), more });
                 }
             }
             if self.current.is_some() {

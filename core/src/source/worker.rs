@@ -105,13 +105,16 @@ impl Worker {
             let mut pace = flow.pace();
             pace.bytes_per_s = pace.bytes_per_s.into_iter().chain(self.link.bytes_per_s()).min();
             match self.channel.poll(&shared.pages, log, pace)? {
-                Polled::Bytes(bytes) => {
+                Polled::Bytes { bytes, more } => {
                     let length = bytes.len() as u64;
                     if paced {
                         flow.wait_for_turn(length)?;
                     }
                     let began = Instant::now();
-                    self.writer.write_all(bytes)?;
+                    match more {
+                        true => self.writer.write_more(bytes)?,
+                        false => self.writer.write_all(bytes)?,
+                    }
                     let ended = Instant::now();
                     self.link.wrote(length, began, ended, || self.writer.held_up_by_peer());
                     self.channel.written();

@@ -183,6 +183,11 @@ impl ChannelWriter for StreamWriter {
         self.write_by(buffer, |socket, rest| socket.send_with_flags(rest, libc::MSG_NOSIGNAL))
     }
 
+    fn write_more(&mut self, buffer: &[u8]) -> io::Result<()> {
+        // What fills no packet waits for the next write (tcp(7), TCP_CORK).
+        self.write_by(buffer, |socket, rest| socket.send_with_flags(rest, libc::MSG_NOSIGNAL | libc::MSG_MORE))
+    }
+
     fn passes_files(&self) -> bool {
         self.shared.passes_files
     }

@@ -76,7 +76,7 @@ impl World {
         let pace =
             Pace { quantum_bytes: end.pacer.quantum_bytes(), bytes_per_s: end.pacer.bytes_per_s(), cut: end.cut };
         match sending.poll(&pages, end.machine.dirty_log(), pace) {
-            Ok(Polled::Bytes(bytes)) => {
+            Ok(Polled::Bytes { bytes, .. }) => {
                 wire.output = Some(Output { bytes: bytes.to_vec(), paced });
                 self.source_writes((process, end), index);
             }
