@@ -186,7 +186,12 @@ impl LinkRate {
             let by_peer = held_up.zip(self.held_up).map(|(now, before)| now.saturating_sub(before));
             self.held_up = held_up.or(self.held_up);
             let waited_for = by_peer.is_some_and(|by_peer| window.blocked.saturating_sub(by_peer) * 2 > length);
-            self.bytes_per_s = waited_for.then(|| (window.bytes as f64 / length.as_secs_f64()) as u64);
+            let rate = (window.bytes as f64 / length.as_secs_f64()) as u64;
+            self.bytes_per_s = match waited_for {
+                true => Some(rate),
+                // What has shrunk does not try the link.
+                false => self.bytes_per_s.filter(|link| rate < link / 2),
+            };
             self.window = None;
         }
     }
@@ -217,6 +222,18 @@ mod tests {
         let rate = link.bytes_per_s().unwrap();
         assert!((90_000_000..130_000_000).contains(&rate), "{rate}");
         written(&mut link, start, 400, 1, 0);
+        assert_eq!(link.bytes_per_s(), None);
+    }
+
+    #[test]
+    fn a_link_is_slow_until_more_has_gone_over_it() {
+        let (start, mut link) = (Instant::now(), LinkRate::default());
+        written(&mut link, start, 0, 9, 0);
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        // A tenth as much, which it takes at once.
+        (40..80).for_each(|n| link.wrote(100_000, at(n * 10), at(n * 10 + 1), || Some(Duration::ZERO)));
+        assert!(link.bytes_per_s().is_some_and(|rate| rate > 50_000_000));
+        written(&mut link, start, 800, 1, 0);
         assert_eq!(link.bytes_per_s(), None);
     }
 
