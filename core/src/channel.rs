@@ -25,6 +25,15 @@ pub trait ChannelReader: Send {
     }
 }
 
+/// How what is written gets to the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivery {
+    /// How long, in all, what was to be sent has waited for the peer to read. What else a write waits for is the link.
+    pub held_up_by_peer: Duration,
+    /// What the peer has confirmed of late, in bytes per second, while there was something to send.
+    pub bytes_per_s: u64,
+}
+
 /// The writing half of a channel.
 pub trait ChannelWriter: Send {
     /// Writes all of `buffer`, blocking while the peer is slow.
@@ -49,9 +58,8 @@ pub trait ChannelWriter: Send {
     /// (retransmissions and packet headers included). Never decreases.
     fn bytes_on_wire(&self) -> u64;
 
-    /// How long, in all, what was to be sent has waited for the peer to read; `None`: not known. What else a write waits for is
-    /// the link.
-    fn held_up_by_peer(&self) -> Option<Duration> {
+    /// How what is written gets to the peer; `None`: not known.
+    fn delivery(&self) -> Option<Delivery> {
         None
     }
 

@@ -64,7 +64,7 @@ mod priority;
 mod random;
 mod sync;
 
-pub use channel::{Channel, ChannelReader, ChannelWriter, Dial, HangUp, IncomingData, SessionToken};
+pub use channel::{Channel, ChannelReader, ChannelWriter, Delivery, Dial, HangUp, IncomingData, SessionToken};
 pub use machine::{
     DestinationHost, DestinationMachine, DirtyLog, FillableMemory, Inquiry, LoadContext, MachineDescription,
     MachineError, PageIndex, PageRun, Placed, Refusal, Section, SourceMachine, Verdict,

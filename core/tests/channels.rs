@@ -99,8 +99,8 @@ struct Scene {
     unacknowledged: Vec<Unacknowledged>,
     destination: DestinationPages,
     receiving: Vec<ReceivingChannel>,
-    /// A link so slow that differences are sent, if there is memory for bases.
-    slow: bool,
+    /// Where there is memory for bases the link turns out to be slow after so many bytes of an order, and differences are sent.
+    slow_after_bytes: Option<usize>,
 }
 
 impl Scene {
@@ -136,7 +136,7 @@ impl Scene {
             receiving: (0..CHANNELS)
                 .map(|index| ReceivingChannel::new(&destination, index, CHANNELS).unwrap())
                 .collect(),
-            slow: delta_cache_bytes.is_some(),
+            slow_after_bytes: delta_cache_bytes.map(|_| 50_000),
             source,
             destination,
         }
@@ -179,7 +179,7 @@ impl Scene {
 
     /// Carries an order out, or breaks off. What the channels report, unless they broke off.
     fn run(&mut self, order: Order, cut: Option<&Cut>) -> Result<Vec<Report>, BrokenOff> {
-        let pace = Pace { quantum_bytes: 20_000, bytes_per_s: self.slow.then_some(1_000_000), cut: false };
+        let slow_after_bytes = self.slow_after_bytes.unwrap_or(usize::MAX);
         let mut reports = Vec::new();
         for index in 0..CHANNELS {
             let limit = cut.map_or(usize::MAX, |cut| cut.arrive[index] + cut.in_flight);
@@ -187,6 +187,8 @@ impl Scene {
             let channel = &mut self.sending[index];
             channel.begin(order);
             while wire.len() < limit {
+                let bytes_per_s = (wire.len() >= slow_after_bytes).then_some(1_000_000);
+                let pace = Pace { quantum_bytes: 20_000, bytes_per_s, cut: false };
                 match channel.poll(&self.source, &self.log, pace).unwrap() {
                     Polled::Bytes { bytes, .. } => {
                         wire.extend_from_slice(bytes);
@@ -338,6 +340,37 @@ fn over_a_slow_link_what_is_written_before_its_turn_is_sent_once() {
         scene.source.pending.take(3);
         assert_eq!(scene.harvest(), again, "{bytes_per_s:?}");
     }
+}
+
+#[test]
+fn what_is_left_of_a_stripe_goes_as_it_does_over_a_slow_link_once_that_is_known() {
+    let mut scene = Scene::new(Compression::Auto, Some(4 << 20));
+    (0..512).for_each(|page| scene.write(page, 2 + 4 * page as u64));
+    scene.sending[0].begin(Order::Round { first: true });
+    let mut wire = Vec::new();
+    loop {
+        let slow = !wire.is_empty();
+        let pace = Pace { quantum_bytes: 20_000, bytes_per_s: slow.then_some(10_000_000), cut: false };
+        match scene.sending[0].poll(&scene.source, &scene.log, pace).unwrap() {
+            Polled::Bytes { bytes, .. } => {
+                wire.extend_from_slice(bytes);
+                scene.sending[0].written();
+                if !slow {
+                    // Before its turn.
+                    scene.write(511, 6);
+                }
+            }
+            Polled::Done(_) => break,
+            _ => {}
+        }
+    }
+    assert_eq!(scene.counts().raw, 5, "of 512");
+    assert!(wire.len() < 60_000, "{}", wire.len());
+    scene.receive(0, &wire);
+    assert_eq!(scene.differing(), Vec::<u64>::new());
+    scene.source.pending.take(1);
+    scene.source.pending.take(3);
+    assert_eq!(scene.harvest(), 0, "the last page was sent once");
 }
 
 #[test]

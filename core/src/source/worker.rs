@@ -9,7 +9,7 @@ use super::driver::Event;
 use super::flow::Flow;
 use super::sending::{Order, Polled, Report, SendError, SendingChannel, SourcePages};
 use super::unacknowledged::Batch;
-use crate::channel::ChannelWriter;
+use crate::channel::{ChannelWriter, Delivery};
 use crate::machine::SourceMachine;
 
 /// What all workers of a move share.
@@ -116,7 +116,7 @@ impl Worker {
                         false => self.writer.write_all(bytes)?,
                     }
                     let ended = Instant::now();
-                    self.link.wrote(length, began, ended, || self.writer.held_up_by_peer());
+                    self.link.wrote(length, began, ended, || self.writer.delivery());
                     self.channel.written();
                     let wire_bytes = self.writer.bytes_on_wire();
                     flow.wrote(self.index, length, wire_bytes - self.noted_bytes);
@@ -153,8 +153,6 @@ impl Worker {
 struct LinkRate {
     window: Option<Window>,
     bytes_per_s: Option<u64>,
-    /// What the peer had held up before this window.
-    held_up: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -162,33 +160,40 @@ struct Window {
     began: Instant,
     bytes: u64,
     blocked: Duration,
+    before: Delivery,
+    /// The most that was arriving, in bytes per second, when it was asked for.
+    arriving_bytes_per_s: u64,
+    asked_at_bytes: u64,
 }
 
 impl LinkRate {
-    /// Long enough for more than what sockets swallow at once.
-    const WINDOW: Duration = Duration::from_millis(100);
+    /// Long enough for more than what a socket swallows at once.
+    const WINDOW: Duration = Duration::from_millis(25);
+    /// Often enough to meet one that was not held up by anything but the link.
+    const ASK_EVERY_BYTES: u64 = 256 << 10;
 
-    /// So many bytes were written between two moments. `held_up_by_peer`: as [`ChannelWriter::held_up_by_peer`].
-    fn wrote(
-        &mut self,
-        bytes: u64,
-        began: Instant,
-        ended: Instant,
-        held_up_by_peer: impl FnOnce() -> Option<Duration>,
-    ) {
-        let window = self.window.get_or_insert(Window { began, bytes: 0, blocked: Duration::ZERO });
+    /// So many bytes were written between two moments.
+    fn wrote(&mut self, bytes: u64, began: Instant, ended: Instant, delivery: impl FnOnce() -> Option<Delivery>) {
+        let Some(window) = &mut self.window else {
+            // From the end of a write on: of what held that one up nothing is known.
+            self.window = delivery().map(|before| Window::new(ended, before));
+            return;
+        };
         window.bytes += bytes;
         window.blocked += ended - began;
         let length = ended - window.began;
+        if window.bytes - window.asked_at_bytes < Self::ASK_EVERY_BYTES && length < Self::WINDOW {
+            return;
+        }
+        let Some(now) = delivery() else { return };
+        window.asked_at_bytes = window.bytes;
+        window.arriving_bytes_per_s = window.arriving_bytes_per_s.max(now.bytes_per_s);
         if length >= Self::WINDOW {
-            // Time spent elsewhere (encoding, waiting for a turn) says nothing about the link.
-            let held_up = held_up_by_peer();
-            let by_peer = held_up.zip(self.held_up).map(|(now, before)| now.saturating_sub(before));
-            self.held_up = held_up.or(self.held_up);
-            let waited_for = by_peer.is_some_and(|by_peer| window.blocked.saturating_sub(by_peer) * 2 > length);
             let rate = (window.bytes as f64 / length.as_secs_f64()) as u64;
-            self.bytes_per_s = match waited_for {
-                true => Some(rate),
+            self.bytes_per_s = match window.waited_for_link(length, now) {
+                // Who is kept from a core writes little too, but some of that arrives at once. Little may do so also over a link that
+                // is known to be slow: of that one only what is written says more.
+                true => Some(rate.max(window.arriving_bytes_per_s.min(self.bytes_per_s.unwrap_or(u64::MAX)))),
                 // What has shrunk does not try the link.
                 false => self.bytes_per_s.filter(|link| rate < link / 2),
             };
@@ -202,49 +207,85 @@ impl LinkRate {
     }
 }
 
+impl Window {
+    fn new(began: Instant, before: Delivery) -> Self {
+        Self { began, bytes: 0, blocked: Duration::ZERO, before, arriving_bytes_per_s: 0, asked_at_bytes: 0 }
+    }
+
+    /// Whether the link took more than half of its length. Time spent elsewhere (encoding, waiting for a turn) says nothing about it.
+    fn waited_for_link(&self, length: Duration, now: Delivery) -> bool {
+        let by_peer = now.held_up_by_peer.saturating_sub(self.before.held_up_by_peer);
+        self.blocked.saturating_sub(by_peer) * 2 > length
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Forty writes of 1 MB, 10 ms apart, of which each blocks for so long, and the peer holds it up for so long.
-    fn written(link: &mut LinkRate, start: Instant, from_ms: u64, blocks_ms: u64, by_peer_ms: u64) {
+    /// Forty writes of 1 MB, 10 ms apart, of which each blocks for so long, the peer holds it up for so long, and this has arrived of late.
+    fn written(
+        link: &mut LinkRate,
+        start: Instant,
+        from_ms: u64,
+        (blocks_ms, by_peer_ms): (u64, u64),
+        bytes_per_s: u64,
+    ) {
         let at = |ms: u64| start + Duration::from_millis(ms);
         for ms in (from_ms..from_ms + 400).step_by(10) {
-            let held_up = Duration::from_millis(ms / 10 * by_peer_ms);
-            link.wrote(1_000_000, at(ms), at(ms + blocks_ms), || Some(held_up));
+            let held_up_by_peer = Duration::from_millis(ms / 10 * by_peer_ms);
+            link.wrote(1_000_000, at(ms), at(ms + blocks_ms), || Some(Delivery { held_up_by_peer, bytes_per_s }));
         }
+    }
+
+    fn is_near_100_mb_per_s(link: &LinkRate) -> bool {
+        link.bytes_per_s().is_some_and(|rate| (90_000_000..130_000_000).contains(&rate))
     }
 
     #[test]
     fn a_link_that_blocks_shows_its_rate_and_one_that_does_not_shows_none() {
         let (start, mut link) = (Instant::now(), LinkRate::default());
-        written(&mut link, start, 0, 9, 0);
-        let rate = link.bytes_per_s().unwrap();
-        assert!((90_000_000..130_000_000).contains(&rate), "{rate}");
-        written(&mut link, start, 400, 1, 0);
+        written(&mut link, start, 0, (9, 0), 100_000_000);
+        assert!(is_near_100_mb_per_s(&link), "{link:?}");
+        written(&mut link, start, 400, (1, 0), 100_000_000);
         assert_eq!(link.bytes_per_s(), None);
     }
 
     #[test]
     fn a_link_is_slow_until_more_has_gone_over_it() {
         let (start, mut link) = (Instant::now(), LinkRate::default());
-        written(&mut link, start, 0, 9, 0);
-        let at = |ms: u64| start + Duration::from_millis(ms);
-        // A tenth as much, which it takes at once.
-        (40..80).for_each(|n| link.wrote(100_000, at(n * 10), at(n * 10 + 1), || Some(Duration::ZERO)));
-        assert!(link.bytes_per_s().is_some_and(|rate| rate > 50_000_000));
-        written(&mut link, start, 800, 1, 0);
+        let quickly = |link: &mut LinkRate, n: u64, blocks_ms: u64| {
+            let at = |ms: u64| start + Duration::from_millis(ms);
+            let delivery = Delivery { held_up_by_peer: Duration::ZERO, bytes_per_s: 1_000_000_000 };
+            link.wrote(100_000, at(n * 10), at(n * 10 + blocks_ms), || Some(delivery));
+        };
+        written(&mut link, start, 0, (9, 0), 100_000_000);
+        // A tenth as much, which it takes at once, and then not quite.
+        (40..60).for_each(|n| quickly(&mut link, n, 1));
+        assert!(is_near_100_mb_per_s(&link), "{link:?}");
+        (60..80).for_each(|n| quickly(&mut link, n, 8));
+        assert!(is_near_100_mb_per_s(&link), "{link:?}");
+        written(&mut link, start, 800, (1, 0), 100_000_000);
         assert_eq!(link.bytes_per_s(), None);
     }
 
     #[test]
     fn a_peer_that_is_slow_to_read_is_no_slow_link() {
         let (start, mut link) = (Instant::now(), LinkRate::default());
-        written(&mut link, start, 0, 9, 7);
+        written(&mut link, start, 0, (9, 7), 100_000_000);
         assert_eq!(link.bytes_per_s(), None);
         let mut unknown = LinkRate::default();
         let at = |ms: u64| start + Duration::from_millis(ms);
         (0..40).for_each(|n| unknown.wrote(1_000_000, at(n * 10), at(n * 10 + 9), || None));
         assert_eq!(unknown.bytes_per_s(), None, "who is waited for is not known");
+    }
+
+    #[test]
+    fn a_writer_that_is_kept_from_a_core_is_no_slow_link() {
+        let (start, mut link) = (Instant::now(), LinkRate::default());
+        written(&mut link, start, 0, (9, 0), 4_000_000_000);
+        assert_eq!(link.bytes_per_s(), Some(4_000_000_000));
+        written(&mut link, start, 400, (9, 0), 100_000_000);
+        assert!(is_near_100_mb_per_s(&link), "{link:?}");
     }
 }

@@ -13,9 +13,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
-use godwit_core::{Channel, ChannelReader, ChannelWriter, HangUp};
+use godwit_core::{Channel, ChannelReader, ChannelWriter, Delivery, HangUp};
 use socket2::{Domain, Socket, TcpKeepalive};
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
@@ -209,8 +208,8 @@ impl ChannelWriter for StreamWriter {
         self.bytes_written
     }
 
-    fn held_up_by_peer(&self) -> Option<Duration> {
-        tcp::receive_window_limited(&self.shared.socket)
+    fn delivery(&self) -> Option<Delivery> {
+        tcp::delivery(&self.shared.socket)
     }
 
     fn hasten(&mut self) {

@@ -1,35 +1,34 @@
 //! What the kernel knows of a TCP connection, and when it is to wake up who reads.
 
 use std::io;
+use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use godwit_core::Delivery;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::RecvFlags;
 use socket2::Socket;
 use vm_memory::VolatileSlice;
 
-/// Offset of `tcpi_rwnd_limited` (u64, microseconds) in the kernel's `struct tcp_info` (include/uapi/linux/tcp.h, since Linux
-/// 4.10); that of the libc crate ends before it. The struct only ever grows at its end.
-const RWND_LIMITED_AT: usize = 176;
-const LENGTH: usize = RWND_LIMITED_AT + size_of::<u64>();
-
-/// How long the peer's receive window, and nothing else, has kept bytes from being sent. `None`: no TCP, or a kernel that does not say.
-pub(super) fn receive_window_limited(socket: &Socket) -> Option<Duration> {
-    let microseconds = info(socket)?[RWND_LIMITED_AT..].first_chunk().copied().map(u64::from_ne_bytes)?;
-    Some(Duration::from_micros(microseconds))
+/// How what is written gets to the peer. `None`: no TCP, or a kernel that does not say (Linux before 4.10).
+pub(super) fn delivery(socket: &Socket) -> Option<Delivery> {
+    let (info, length) = info(socket)?;
+    (length >= offset_of!(libc::tcp_info, tcpi_sndbuf_limited)).then(|| Delivery {
+        held_up_by_peer: Duration::from_micros(info.tcpi_rwnd_limited),
+        bytes_per_s: info.tcpi_delivery_rate,
+    })
 }
 
 /// How long the peer takes to answer, smoothed. `None`: as above.
 pub(super) fn round_trip(socket: &Socket) -> Option<Duration> {
-    let at = std::mem::offset_of!(libc::tcp_info, tcpi_rtt);
-    let microseconds = info(socket)?[at..].first_chunk().copied().map(u32::from_ne_bytes)?;
-    Some(Duration::from_micros(microseconds.into()))
+    Some(Duration::from_micros(info(socket)?.0.tcpi_rtt.into()))
 }
 
-fn info(socket: &Socket) -> Option<[u8; LENGTH]> {
-    let mut info = [0u8; LENGTH];
-    let mut length = LENGTH as libc::socklen_t;
+/// What the kernel tells (tcp(7)), and how many bytes it has filled: older ones know less.
+fn info(socket: &Socket) -> Option<(libc::tcp_info, usize)> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
     // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel writes at most `length` bytes to `info`.
     let result = unsafe {
         libc::getsockopt(
@@ -40,7 +39,8 @@ fn info(socket: &Socket) -> Option<[u8; LENGTH]> {
             &raw mut length,
         )
     };
-    (result == 0 && length as usize == LENGTH).then_some(info)
+    // SAFETY: all of its fields are numbers, for which zero is a value.
+    (result == 0).then(|| (unsafe { info.assume_init() }, length as usize))
 }
 
 /// The reading side of a connection. Whoever waits is woken up once what is awaited is there, or no more can come: the peer has ended, the
@@ -148,7 +148,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = Socket::from(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
         let (mut peer, _) = listener.accept().unwrap();
-        let before = receive_window_limited(&socket).unwrap();
+        let before = delivery(&socket).unwrap().held_up_by_peer;
         let reading = thread::spawn(move || {
             thread::sleep(Duration::from_millis(300));
             std::io::copy(&mut Read::by_ref(&mut peer), &mut std::io::sink()).unwrap()
@@ -156,7 +156,7 @@ mod tests {
         let bytes = vec![1; 1 << 20];
         // More than any buffers hold.
         (0..32).for_each(|_| std::io::Write::write_all(&mut &socket, &bytes).unwrap());
-        let held_up = receive_window_limited(&socket).unwrap() - before;
+        let held_up = delivery(&socket).unwrap().held_up_by_peer - before;
         drop(socket);
         assert_eq!(reading.join().unwrap(), 32 << 20);
         assert!(held_up >= Duration::from_millis(100), "{held_up:?}");
@@ -246,6 +246,6 @@ mod tests {
     #[test]
     fn nothing_is_known_of_unix_sockets() {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
-        assert_eq!((receive_window_limited(&socket), round_trip(&socket)), (None, None));
+        assert_eq!((delivery(&socket), round_trip(&socket)), (None, None));
     }
 }

@@ -29,6 +29,8 @@ pub(super) struct Current {
     index: usize,
     stripe: Stripe,
     visit: Visit,
+    /// The link was known to be slow when what is encoded now was chosen.
+    slow: bool,
     /// Its pages that may be copied. Those that are not ready are pending.
     ready: StripeBits,
     /// Pages may be holes.
@@ -89,20 +91,37 @@ impl SendingChannel {
             Visit::Round { .. } => pace.bytes_per_s,
             Visit::Final { link_bytes_per_s } => link_bytes_per_s,
         };
+        self.choose_encoding(rate)?;
+        self.encoder.begin_stripe(stripe.first_frame);
+        let [ready, holes] = [StripeBits::default(); 2];
+        self.current = Some(Current { index, stripe, visit, slow: is_slow(rate), ready, look_for_holes, holes });
+        if planted(Plant::CopyBeforeClear) && matches!(visit, Visit::Round { .. }) {
+            self.encode(pages, log, Pace { bytes_per_s: None, ..pace }, usize::MAX)?;
+            log.clear(stripe.region, stripe.first_page, &bits[..stripe.pages.div_ceil(64)])?;
+        }
+        Ok(())
+    }
+
+    /// How pages are encoded over a link of this rate, from here on.
+    fn choose_encoding(&mut self, rate: Option<u64>) -> Result<(), SendError> {
         if self.is_paced() {
             self.keeping = is_slow(rate) && self.bases.has_room();
         }
         if let Some(level) = self.compressing.choose(rate, self.encoder.counts()) {
             self.encoder.set_zstd(level)?;
         }
-        self.encoder.begin_stripe(stripe.first_frame);
-        let [ready, holes] = [StripeBits::default(); 2];
-        self.current = Some(Current { index, stripe, visit, ready, look_for_holes, holes });
-        if planted(Plant::CopyBeforeClear) && matches!(visit, Visit::Round { .. }) {
-            self.encode(pages, log, Pace { bytes_per_s: None, ..pace }, usize::MAX)?;
-            log.clear(stripe.region, stripe.first_page, &bits[..stripe.pages.div_ceil(64)])?;
-        }
         Ok(())
+    }
+
+    /// The link turns out to be slow in the middle of a stripe, which may take it long: what is left of it goes as it does there.
+    fn slow_down(&mut self, current: &mut Current, pending: &Pending, pace: Pace) -> Result<(), SendError> {
+        if current.slow || !matches!(current.visit, Visit::Round { .. }) || !is_slow(pace.bytes_per_s) {
+            return Ok(());
+        }
+        current.slow = true;
+        pending.merge(current.index, &std::mem::take(&mut current.ready));
+        self.begin_with_small_pieces();
+        self.choose_encoding(pace.bytes_per_s)
     }
 
     /// Takes pages of the current stripe and makes them ready to be copied, from the first word on that has any. Whether there were any.
@@ -182,6 +201,7 @@ impl SendingChannel {
         quantum: usize,
     ) -> Result<(), SendError> {
         let Some(mut current) = self.current.take() else { return Ok(()) };
+        self.slow_down(&mut current, &pages.pending, pace)?;
         loop {
             while let Some(offset) = take_first_bit(&mut current.ready) {
                 self.encode_page(&current, offset, pages);
