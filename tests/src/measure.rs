@@ -84,7 +84,7 @@ pub fn measure(
     mut show: impl FnMut(&Value),
 ) -> Result<Measured> {
     let uri = destination.uri()?;
-    let mut watch = Watch::start(target, destination.process.pid());
+    let mut watch = Watch::start(target, destination.process.pid(), Box::new(|| Ok(true)));
     let mut poller = source.qmp()?;
     let link = link.map(LinkWatch::start).transpose()?;
     let last_move = source.migration()?["move"].clone();
@@ -114,18 +114,21 @@ pub fn measure(
     Ok(Measured { total_ms: ms(total_ns), downtime_ms, gap, link, outcome })
 }
 
+/// Whether the destination's memory may be looked at yet.
+pub type MayBeSeen<'a> = Box<dyn FnMut() -> Result<bool> + 'a>;
+
 /// Has the process behind `qmp`, which is QEMU or speaks as it does, move its machine to the process `destination`, which waits at `uri`.
-/// Each answer about its progress is shown to `show`. `seen_from`: the first status in which the destination's memory is looked at; from
-/// the start if `None`. Gives the total in ms and the gap.
+/// Each answer about its progress is shown to `show`. The destination's memory is looked at once `may_be_seen`. Gives the total in ms and
+/// the gap.
 pub fn measure_by_qmp(
     mut qmp: Client,
     destination: Pid,
     target: Target,
-    (uri, seen_from): (&str, Option<&'static str>),
+    (uri, may_be_seen): (&str, MayBeSeen<'_>),
     limit: Duration,
     mut show: impl FnMut(&mut Client, &Value) -> Result<()>,
 ) -> Result<(f64, Gap)> {
-    let mut watch = Watch { seen_from, ..Watch::start(target, destination) };
+    let mut watch = Watch::start(target, destination, may_be_seen);
     let start_ns = monotonic_ns();
     qmp.execute("migrate", json!({ "uri": uri }))?;
     let total_ns = watch.until_completed(start_ns, limit, || {
@@ -149,7 +152,7 @@ pub fn measure_cloud_hypervisor(
     send: impl FnOnce() -> Result<Request>,
     limit: Duration,
 ) -> Result<(f64, Gap)> {
-    let mut watch = Watch::start(target, destination.process.pid());
+    let mut watch = Watch::start(target, destination.process.pid(), Box::new(|| Ok(true)));
     let start_ns = monotonic_ns();
     let mut request = send()?;
     let total_ns = watch.until_completed(start_ns, limit, || {
@@ -163,38 +166,39 @@ pub fn measure_cloud_hypervisor(
 }
 
 /// The heartbeat at both ends, the destination's from as soon as its memory can be found.
-struct Watch {
+struct Watch<'a> {
     sampler: Sampler,
     destination: Pid,
     vcpus: usize,
     found: bool,
     searched_ns: u64,
-    /// The destination is left alone until this status.
-    seen_from: Option<&'static str>,
+    /// Until then the destination is left alone.
+    may_be_seen: MayBeSeen<'a>,
 }
 
-impl Watch {
-    fn start(source: Target, destination: Pid) -> Self {
+impl<'a> Watch<'a> {
+    fn start(source: Target, destination: Pid, may_be_seen: MayBeSeen<'a>) -> Self {
         Self {
             sampler: Sampler::start(source),
             destination,
             vcpus: source.vcpus,
             found: false,
             searched_ns: 0,
-            seen_from: None,
+            may_be_seen,
         }
     }
 
-    fn search(&mut self) {
+    fn search(&mut self) -> Result<()> {
         let now_ns = monotonic_ns();
-        if self.found || now_ns - self.searched_ns < SEARCH_PERIOD_NS {
-            return;
+        if self.found || now_ns - self.searched_ns < SEARCH_PERIOD_NS || !(self.may_be_seen)()? {
+            return Ok(());
         }
         self.searched_ns = now_ns;
         if let Some(header) = workload::find_header(self.destination) {
             self.sampler.watch_destination(workload::heartbeats(self.destination, header, self.vcpus));
             self.found = true;
         }
+        Ok(())
     }
 
     /// Polls until the status is `completed` and gives the time since `start_ns`.
@@ -207,10 +211,7 @@ impl Watch {
         loop {
             let status = status()?;
             let taken_ns = monotonic_ns() - start_ns;
-            if self.seen_from.is_none_or(|seen_from| status == seen_from || status == "completed") {
-                self.seen_from = None;
-                self.search();
-            }
+            self.search()?;
             match status.as_str() {
                 "completed" => return Ok(taken_ns),
                 "" | "none" | "setup" | "active" | "pre-switchover" | "device" | "postcopy-active" | "cancelling" => {}
@@ -225,7 +226,7 @@ impl Watch {
 
     fn gap(&mut self) -> Result<Gap> {
         let settled = wait::until("the gap can be told", SETTLE_LIMIT, || {
-            self.search();
+            self.search()?;
             Ok(self.sampler.gap().ok())
         });
         settled.or_else(|_| self.sampler.gap())

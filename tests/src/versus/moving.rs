@@ -21,7 +21,7 @@ use crate::cloud_hypervisor::CloudHypervisor;
 use crate::godwit::Node;
 use crate::harness::{Scene, binary};
 use crate::heartbeat::Gap;
-use crate::measure::{NotCompleted, measure_by_qmp, measure_cloud_hypervisor};
+use crate::measure::{MayBeSeen, NotCompleted, measure_by_qmp, measure_cloud_hypervisor};
 use crate::netns::Hosts;
 use crate::qemu::{Place, Qemu};
 use crate::sampler::{Sampler, Target};
@@ -44,7 +44,7 @@ const PORT: u16 = 4444;
 const START_POSTCOPY: &str = "migrate-start-postcopy";
 
 /// Where post-copy is compared, neither is to find that it can do without.
-const POSTCOPY_DOWNTIME_LIMIT_MS: u64 = 5;
+const POSTCOPY_DOWNTIME_LIMIT_MS: u64 = 20;
 
 /// A move, seen from outside.
 #[derive(Debug, Clone)]
@@ -79,7 +79,7 @@ pub fn by_godwit(case: &Case, downtime_limit_ms: u64) -> Result<Moved> {
     let receiver = destination.process.pid();
     let watch = Watch::start(hosts.counters(0, 1)?, target, [source.process.pid(), receiver])?;
     let mut switch = Switch::new(case);
-    let measured = measure_by_qmp(qmp, receiver, target, (&uri, None), LIMIT, |qmp, progress| {
+    let measured = measure_by_qmp(qmp, receiver, target, (&uri, Box::new(|| Ok(true))), LIMIT, |qmp, progress| {
         if switch.is_due(progress) {
             // It may have gone over by itself meanwhile.
             let _ = qmp.execute(START_POSTCOPY, json!({}));
@@ -137,9 +137,19 @@ fn by_qemu(case: &Case, settings: &Settings, downtime_limit_ms: u64) -> Result<M
     let watch = Watch::start(hosts.counters(0, 1)?, target, [pid, destination.process.pid()])?;
     let mut switch = Switch::new(case);
     // In post-copy QEMU discards what is stale before it registers memory: whoever reads there meanwhile puts pages of zeros in the way,
-    // and the move breaks.
-    let seen_from = (case.copy == Copying::Post).then_some("postcopy-active");
-    let to = (&*uri, seen_from);
+    // and the move breaks. The destination says so once it has done both, which is later than the source does.
+    let mut receiver = destination.qmp()?;
+    let mut may_be_seen = case.copy == Copying::Pre;
+    let to = (
+        &*uri,
+        Box::new(move || {
+            may_be_seen = may_be_seen || {
+                let progress = receiver.execute("query-migrate", json!({}))?;
+                matches!(progress["status"].as_str(), Some("postcopy-active" | "completed"))
+            };
+            Ok(may_be_seen)
+        }) as MayBeSeen<'_>,
+    );
     let measured = measure_by_qmp(source.qmp()?, destination.process.pid(), target, to, LIMIT, |qmp, progress| {
         if switch.is_due(progress) {
             qmp.execute(START_POSTCOPY, json!({}))?;
