@@ -50,9 +50,13 @@ fn cases() -> Vec<Case> {
     let plain = |name, contents| Case { name, zstd: None, pages: pages(contents), bases: None };
     let zstd = |name, level| Case { zstd: Some(ZstdLevel(level)), ..plain(name, Contents::Compressible) };
     let bases = pages(Contents::Random);
+    let zeros = pages(Contents::Zero);
+    let sparse = |name, words| Case { name, zstd: None, pages: changed(&zeros, words), bases: None };
     let built = |name, words| Case { name, zstd: None, pages: changed(&bases, words), bases: Some(bases.clone()) };
     vec![
         plain("zero", Contents::Zero),
+        sparse("sparse, 1 word set", 1),
+        sparse("sparse, 40 words set", 40),
         plain("raw", Contents::Random),
         zstd("zstd -5", -5),
         zstd("zstd 1", 1),

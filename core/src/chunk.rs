@@ -25,7 +25,7 @@ use crate::memory::PAGE_SIZE;
 pub const HEADER_BYTES: usize = 24;
 /// Bytes of one run in a *zero* chunk: offset from the chunk's frame and number of pages, 16 bits each.
 pub const ZERO_RUN_BYTES: usize = 4;
-/// Bytes before each page's difference in a *delta* chunk: offset from the chunk's frame and length, 16 bits each.
+/// Bytes before each page's difference in a *delta* chunk: offset from the chunk's frame, and length and base, 16 bits each.
 pub const DELTA_BYTES: usize = 4;
 /// The most pages a chunk can hold: a stripe.
 pub const MAX_PAGES: usize = STRIPE_PAGES;
@@ -83,7 +83,7 @@ pub enum Chunk {
         /// 1 to [`MAX_PROBE_BYTES`].
         length: usize,
     },
-    /// Pages within a stripe's length of `frame`, as differences from what was last sent of them.
+    /// Pages within a stripe's length of `frame`, as differences from what was last sent of them or from zeros.
     Delta {
         /// What the pages' offsets count from.
         frame: u64,
@@ -191,26 +191,46 @@ fn delta_bytes(pages: usize) -> RangeInclusive<usize> {
     pages * DELTA_BYTES..=pages * (DELTA_BYTES + delta::MOST_BYTES)
 }
 
-/// The head of a page's difference: offset from the chunk's frame, and number of bytes that follow.
+/// What a page differs from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Base {
+    /// What was last sent of it.
+    Sent,
+    /// A page of zeros, whatever was sent before.
+    Zeros,
+}
+
+/// The head of a page's difference: offset from the chunk's frame, number of bytes that follow, and from what it differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeltaHead {
     /// Less than [`MAX_PAGES`].
     pub offset: u16,
     /// At most [`delta::MOST_BYTES`].
     pub length: u16,
+    /// The highest bit of the second number.
+    pub base: Base,
 }
+
+/// Set in a difference's length if it is one from zeros.
+const FROM_ZEROS: u16 = 1 << 15;
 
 impl DeltaHead {
     /// The head's bytes.
     pub fn encode(&self) -> [u8; DELTA_BYTES] {
-        let ([a, b], [c, d]) = (self.offset.to_le_bytes(), self.length.to_le_bytes());
+        let base = match self.base {
+            Base::Sent => 0,
+            Base::Zeros => FROM_ZEROS,
+        };
+        let ([a, b], [c, d]) = (self.offset.to_le_bytes(), (self.length | base).to_le_bytes());
         [a, b, c, d]
     }
 
     /// Checks a head.
     pub fn decode(bytes: [u8; DELTA_BYTES]) -> Option<Self> {
         let [a, b, c, d] = bytes;
-        let head = Self { offset: u16::from_le_bytes([a, b]), length: u16::from_le_bytes([c, d]) };
+        let length = u16::from_le_bytes([c, d]);
+        let base = if length & FROM_ZEROS == 0 { Base::Sent } else { Base::Zeros };
+        let head = Self { offset: u16::from_le_bytes([a, b]), length: length & !FROM_ZEROS, base };
         (usize::from(head.offset) < MAX_PAGES && usize::from(head.length) <= delta::MOST_BYTES).then_some(head)
     }
 }
@@ -286,6 +306,14 @@ mod tests {
             if let Ok(chunk) = Chunk::decode(&bytes) {
                 prop_assert_eq!(chunk.encode(), bytes);
                 prop_assert!(chunk.payload_bytes() <= MAX_PAGES * PAGE_SIZE);
+            }
+        }
+
+        #[test]
+        fn heads_of_differences_stay_within_a_stripe_and_a_page(bytes in prop::array::uniform4(any::<u8>())) {
+            if let Some(head) = DeltaHead::decode(bytes) {
+                prop_assert_eq!(head.encode(), bytes);
+                prop_assert!(usize::from(head.offset) < MAX_PAGES && usize::from(head.length) <= delta::MOST_BYTES);
             }
         }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::chunk::{Chunk, ChunkError, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, ZERO_RUN_BYTES, ZeroRun};
+use crate::chunk::{Base, Chunk, ChunkError, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, ZERO_RUN_BYTES, ZeroRun};
 use crate::delta::DeltaError;
 use crate::layout::Layout;
 use crate::memory::PAGE_SIZE;
@@ -39,7 +39,7 @@ pub enum Decoded<'a> {
     Contents(Pages, &'a [Page]),
     /// Runs of pages that are zero.
     Zero(&'a [Pages]),
-    /// Pages as differences from what was last applied there.
+    /// Pages as differences.
     Deltas(&'a [Delta]),
     /// To be acknowledged.
     Mark(u64),
@@ -58,11 +58,13 @@ pub struct Pages {
     pub pages: usize,
 }
 
-/// A page's difference from what was last applied there.
+/// A page's difference from what was last applied there, or from zeros.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delta {
     /// The page.
     pub page: Pages,
+    /// From which of the two.
+    pub base: Base,
     /// Where the difference ([`crate::delta`]) lies in the bytes that were handed over.
     pub bytes: Range<usize>,
 }
@@ -259,7 +261,7 @@ impl ChannelDecoder {
             if at > bytes.len() {
                 return Err(DecodeError::DeltaList(frame));
             }
-            self.deltas.push(Delta { page, bytes: start..at });
+            self.deltas.push(Delta { page, base: head.base, bytes: start..at });
         }
         match at == bytes.len() && self.deltas.len() == pages {
             true => Ok(Decoded::Deltas(&self.deltas)),
@@ -307,7 +309,7 @@ mod tests {
                 Wants::Bytes(count) => {
                     let Some((now, later)) = rest.split_at_checked(count) else { return Ok((pages, marks, false)) };
                     rest = later;
-                    (decoder.handle_bytes(now)?, &[][..])
+                    (decoder.handle_bytes(now)?, now)
                 }
                 Wants::Pages { pages: count, .. } => {
                     let Some((now, later)) = rest.split_at_checked(count * PAGE_SIZE) else {
@@ -334,8 +336,17 @@ mod tests {
                         pages.extend((0..run.pages as u64).map(|index| (run.frame + index, [0; PAGE_SIZE])));
                     }
                 }
+                Decoded::Deltas(deltas) => {
+                    for Delta { page: Pages { frame, .. }, base, bytes } in deltas {
+                        let sent = pages.get(frame).filter(|_| *base == Base::Sent);
+                        let mut page = sent.copied().unwrap_or([0; PAGE_SIZE]);
+                        crate::delta::apply(&mut page, &raw[bytes.clone()])
+                            .map_err(|error| DecodeError::Delta { frame: *frame, error })?;
+                        pages.insert(*frame, page);
+                    }
+                }
                 Decoded::Mark(number) => marks.push(number),
-                Decoded::Incomplete | Decoded::End | Decoded::Deltas(_) => {}
+                Decoded::Incomplete | Decoded::End => {}
             }
         }
     }

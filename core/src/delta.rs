@@ -1,7 +1,7 @@
-//! A page as its difference from what was last sent of it.
+//! A page as its difference from what was last sent of it, or from a page of zeros.
 //!
-//! The base is nothing that has to be kept at the destination: it is what stands in its memory. Pages are compared in words
-//! of 8 bytes, and the words that changed are sent as they are now, in runs:
+//! The base is nothing that has to be kept at the destination: it is what stands in its memory, or zeros. Pages are compared in
+//! words of 8 bytes, and the words that changed are sent as they are now, in runs:
 //!
 //! | size | field |
 //! |---|---|
@@ -43,12 +43,15 @@ pub fn encode(base: &Page, page: &Page, most_bytes: usize, out: &mut Vec<u8>) ->
     let start = out.len();
     let (mut word, mut ended) = (0, 0);
     while let Some(first) = next_difference(base, page, word) {
+        // A run that is too long need not be followed to its end: most pages that do not pay are left early.
+        let room = most_bytes.saturating_sub(out.len() - start + RUN_BYTES) / WORD_BYTES;
+        let limit = (first + room + 1).min(WORDS);
         let mut end = first + 1;
-        while end < WORDS && differ(base, page, end) {
+        while end < limit && differ(base, page, end) {
             end += 1;
         }
         let (skipped, count) = (first - ended, end - first);
-        if out.len() - start + RUN_BYTES + count * WORD_BYTES > most_bytes {
+        if count > room {
             out.truncate(start);
             return None;
         }
@@ -97,8 +100,7 @@ fn next_difference(base: &Page, page: &Page, from: usize) -> Option<usize> {
 }
 
 fn differ(base: &Page, page: &Page, word: usize) -> bool {
-    let bytes = word * WORD_BYTES..(word + 1) * WORD_BYTES;
-    base[bytes.clone()] != page[bytes]
+    base.as_chunks::<WORD_BYTES>().0[word] != page.as_chunks::<WORD_BYTES>().0[word]
 }
 
 #[cfg(test)]

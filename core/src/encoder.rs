@@ -4,7 +4,7 @@
 //! by the driver whenever it likes. A page is copied from guest memory exactly once, into the place in the output
 //! where it would stand if sent as it is; zero test, hash and compression all use that copy.
 
-use crate::chunk::{Chunk, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, MAX_PROBE_BYTES, ZeroRun};
+use crate::chunk::{Base, Chunk, DELTA_BYTES, DeltaHead, HEADER_BYTES, MAX_PAGES, MAX_PROBE_BYTES, ZeroRun};
 use crate::delta;
 use crate::memory::PAGE_SIZE;
 use crate::output::Output;
@@ -15,8 +15,10 @@ use crate::table::{Page, is_zero};
 const ZSTD_RUN_PAGES: usize = 16;
 /// Once differences come to this much, a chunk is made of them: a cap is kept in small steps.
 const DELTA_CHUNK_BYTES: usize = 16 << 10;
-/// Where pages are compressed too, only differences that are shorter than what that leaves of a page are sent.
-const MOST_BESIDE_ZSTD_BYTES: usize = PAGE_SIZE / 8;
+/// Where pages are compressed too, only differences that are shorter than what that leaves of a page are sent. And no longer ones from
+/// zeros, which are looked for on fast links too: a page of which more is set is given up after a few cache lines.
+const SHORT_BYTES: usize = PAGE_SIZE / 8;
+static ZEROS: Page = [0; PAGE_SIZE];
 /// Once output grows beyond this much, the driver should write it.
 pub const OUTPUT_BYTES: usize = 128 << 10;
 
@@ -30,8 +32,9 @@ pub struct ChannelEncoder {
     /// The run of raw pages at the end of `out` that is still open: where its header starts and its first frame.
     run: Option<Run>,
     zeros: Vec<ZeroRun>,
-    deltas: Vec<u8>,
-    delta_pages: usize,
+    deltas: Deltas,
+    /// Whether pages that are zeros but for a few words may be sent as those.
+    sparse: bool,
     /// The copy of a page that is compared with its base.
     page: Box<Page>,
     stripe_frame: u64,
@@ -44,6 +47,13 @@ pub struct ChannelEncoder {
 struct Run {
     header_at: usize,
     frame: u64,
+    pages: usize,
+}
+
+/// Differences that no chunk has been made of yet.
+#[derive(Default)]
+struct Deltas {
+    bytes: Vec<u8>,
     pages: usize,
 }
 
@@ -64,14 +74,14 @@ pub enum Encoded<'a> {
 }
 
 impl ChannelEncoder {
-    /// An encoder that sends pages as they are (`None`) or compresses runs of them.
+    /// An encoder that sends pages as they are (`None`) or compresses runs of them; of pages that are zeros but for a few words, only those.
     pub fn new(zstd: Option<ZstdLevel>) -> std::io::Result<Self> {
         let mut encoder = Self {
             out: Output::with_capacity(2 * OUTPUT_BYTES),
             run: None,
             zeros: Vec::new(),
-            deltas: Vec::new(),
-            delta_pages: 0,
+            deltas: Deltas::default(),
+            sparse: true,
             page: Box::new([0; PAGE_SIZE]),
             stripe_frame: 0,
             zstd: None,
@@ -88,9 +98,13 @@ impl ChannelEncoder {
         self.out.clear();
         self.run = None;
         self.zeros.clear();
-        self.deltas.clear();
-        self.delta_pages = 0;
+        self.deltas = Deltas::default();
         self.chunks = 0;
+    }
+
+    /// The destination does not know differences from zeros.
+    pub fn without_sparse(self) -> Self {
+        Self { sparse: false, ..self }
     }
 
     /// Changes compression for pages from here on.
@@ -123,45 +137,35 @@ impl ChannelEncoder {
         if is_zero(&self.page) {
             return self.zero_page(offset);
         }
-        if self.delta(offset, base) {
+        let most = if self.zstd.is_some() { SHORT_BYTES } else { delta::MOST_BYTES };
+        if self.deltas.add(offset, (Base::Sent, base), &self.page, most) {
             self.counts.delta += 1;
+            if self.deltas.bytes.len() >= DELTA_CHUNK_BYTES {
+                self.put_deltas();
+            }
             return Encoded::Contents(&self.page);
         }
         let page = *self.page;
         self.page(offset, |copy| *copy = page)
     }
 
-    /// Adds the difference between the copy and `base` to the list, if it is short enough.
-    fn delta(&mut self, offset: usize, base: &Page) -> bool {
-        let most = if self.zstd.is_some() { MOST_BESIDE_ZSTD_BYTES } else { delta::MOST_BYTES };
-        let head_at = self.deltas.len();
-        self.deltas.resize(head_at + DELTA_BYTES, 0);
-        let Some(length) = delta::encode(base, &self.page, most, &mut self.deltas) else {
-            self.deltas.truncate(head_at);
-            return false;
-        };
-        let head = DeltaHead { offset: offset as u16, length: length as u16 };
-        self.deltas[head_at..][..DELTA_BYTES].copy_from_slice(&head.encode());
-        self.delta_pages += 1;
-        if self.deltas.len() >= DELTA_CHUNK_BYTES {
-            self.put_deltas();
-        }
-        true
-    }
-
     fn put_deltas(&mut self) {
-        if self.delta_pages == 0 {
+        if self.deltas.pages == 0 {
             return;
         }
         self.close_run();
-        let (pages, length) = (std::mem::take(&mut self.delta_pages), self.deltas.len());
+        let (pages, length) = (std::mem::take(&mut self.deltas.pages), self.deltas.bytes.len());
         self.put(Chunk::Delta { frame: self.stripe_frame, pages, length });
-        self.out.extend(&self.deltas);
-        self.deltas.clear();
+        self.out.extend(&self.deltas.bytes);
+        self.deltas.bytes.clear();
     }
 
     /// Encodes the page at `offset` in the stripe. `copy` fetches its contents, once.
     pub fn page(&mut self, offset: usize, copy: impl FnOnce(&mut Page)) -> Encoded<'_> {
+        // Before there is a page in the output: one that is sent as a difference is read there afterwards.
+        if self.deltas.bytes.len() >= DELTA_CHUNK_BYTES {
+            self.put_deltas();
+        }
         let frame = self.stripe_frame + offset as u64;
         let most = if self.zstd.is_some() { ZSTD_RUN_PAGES } else { MAX_PAGES };
         if self.run.as_ref().is_some_and(|run| run.frame + run.pages as u64 != frame || run.pages == most) {
@@ -173,11 +177,18 @@ impl ChannelEncoder {
         }
         let page_at = self.out.len();
         self.out.add_room(PAGE_SIZE);
-        copy(page_mut(&mut self.out, page_at));
-        if is_zero(page_mut(&mut self.out, page_at)) {
-            // What was made room for goes again: the page's place, and the header's if it was the run's first.
-            self.out.truncate(if self.run.is_none() { header_at } else { page_at });
+        let page = page_mut(&mut self.out, page_at);
+        copy(page);
+        // What was made room for goes again if nothing is put there: the page's place, and the header's if it was the run's first.
+        let without = if self.run.is_none() { header_at } else { page_at };
+        if is_zero(page) {
+            self.out.truncate(without);
             return self.zero_page(offset);
+        }
+        if self.sparse && self.deltas.add(offset, (Base::Zeros, &ZEROS), page, SHORT_BYTES) {
+            self.out.truncate(without);
+            self.counts.delta += 1;
+            return Encoded::Contents(page_of(&self.out.taken_away()[page_at - without..]));
         }
         let run = self.run.get_or_insert(Run { header_at, frame, pages: 0 });
         run.pages += 1;
@@ -290,6 +301,22 @@ impl ChannelEncoder {
     }
 }
 
+impl Deltas {
+    /// Adds how `page` differs from `base`, if that takes at most `most_bytes`.
+    fn add(&mut self, offset: usize, (kind, base): (Base, &Page), page: &Page, most_bytes: usize) -> bool {
+        let head_at = self.bytes.len();
+        self.bytes.resize(head_at + DELTA_BYTES, 0);
+        let Some(length) = delta::encode(base, page, most_bytes, &mut self.bytes) else {
+            self.bytes.truncate(head_at);
+            return false;
+        };
+        let head = DeltaHead { offset: offset as u16, length: length as u16, base: kind };
+        self.bytes[head_at..][..DELTA_BYTES].copy_from_slice(&head.encode());
+        self.pages += 1;
+        true
+    }
+}
+
 impl Zstd {
     /// `None` if it would not shrink by at least an eighth, which is not worth the destination's work.
     fn compress(&mut self, contents: &[u8]) -> Option<&[u8]> {
@@ -299,9 +326,69 @@ impl Zstd {
     }
 }
 
+fn page_of(bytes: &[u8]) -> &Page {
+    match bytes.first_chunk() {
+        Some(page) => page,
+        None => unreachable!("there was room for a page"),
+    }
+}
+
 fn page_mut(out: &mut [u8], at: usize) -> &mut Page {
     match out[at..].first_chunk_mut() {
         Some(page) => page,
         None => unreachable!("the output was grown by a page"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page with so many words that are not zero, every other one.
+    fn sparse(words: usize) -> Page {
+        let mut page = [0; PAGE_SIZE];
+        page.as_chunks_mut::<16>().0.iter_mut().take(words).for_each(|pair| pair[3] = 5);
+        page
+    }
+
+    fn sent(encoder: &mut ChannelEncoder, pages: &[Page]) -> Vec<u8> {
+        encoder.begin_stripe(0);
+        for (offset, page) in pages.iter().enumerate() {
+            match encoder.page(offset, |copy| *copy = *page) {
+                Encoded::Contents(contents) => assert_eq!(contents, page),
+                other => panic!("{other:?}"),
+            }
+        }
+        encoder.end_stripe();
+        let bytes = encoder.bytes().to_vec();
+        encoder.clear();
+        bytes
+    }
+
+    #[test]
+    fn of_a_page_that_is_zeros_but_for_a_few_words_only_those_are_sent() {
+        let mut encoder = ChannelEncoder::new(None).unwrap();
+        let most = SHORT_BYTES / 12;
+        assert_eq!(sent(&mut encoder, &[sparse(1); 20]).len(), HEADER_BYTES + 20 * (DELTA_BYTES + 12));
+        assert_eq!(sent(&mut encoder, &[sparse(most)]).len(), HEADER_BYTES + DELTA_BYTES + 12 * most);
+        assert_eq!(sent(&mut encoder, &[sparse(most + 1)]).len(), HEADER_BYTES + PAGE_SIZE);
+        let counts = encoder.counts();
+        assert_eq!((counts.delta, counts.raw), (21, 1));
+    }
+
+    #[test]
+    fn many_such_pages_among_others_are_several_chunks() {
+        let mut encoder = ChannelEncoder::new(None).unwrap();
+        let pages: Vec<Page> = (0..MAX_PAGES).map(|at| if at % 8 == 0 { [7; PAGE_SIZE] } else { sparse(40) }).collect();
+        let bytes = sent(&mut encoder, &pages).len();
+        let (whole, short) = (MAX_PAGES / 8, MAX_PAGES - MAX_PAGES / 8);
+        let without_deltas = whole * (HEADER_BYTES + PAGE_SIZE) + short * (DELTA_BYTES + 480);
+        assert_eq!(bytes, without_deltas + HEADER_BYTES * (short * 484).div_ceil(DELTA_CHUNK_BYTES));
+    }
+
+    #[test]
+    fn a_destination_that_does_not_know_that_is_sent_whole_pages() {
+        let mut encoder = ChannelEncoder::new(None).unwrap().without_sparse();
+        assert_eq!(sent(&mut encoder, &[sparse(1); 20]).len(), HEADER_BYTES + 20 * PAGE_SIZE);
     }
 }

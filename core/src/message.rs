@@ -33,8 +33,10 @@ pub const FEATURE_DELTA: u64 = 2;
 pub const FEATURE_MEMORY_FILES: u64 = 4;
 /// The guest may run at the destination before all of its memory is there ([`crate::postcopy`]).
 pub const FEATURE_POSTCOPY: u64 = 8;
+/// Pages that are zeros but for a few words may be sent as those ([`crate::delta`]).
+pub const FEATURE_SPARSE: u64 = 16;
 /// All that this version can do.
-pub const FEATURES: u64 = FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES | FEATURE_POSTCOPY;
+pub const FEATURES: u64 = FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES | FEATURE_POSTCOPY | FEATURE_SPARSE;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"GWCT";

@@ -34,6 +34,11 @@ impl Output {
         self.length = self.length.min(length);
     }
 
+    /// What was taken away last from the end on, unless something was added since.
+    pub(crate) fn taken_away(&self) -> &[u8] {
+        &self.bytes[self.length..]
+    }
+
     /// Takes away all.
     pub(crate) fn clear(&mut self) {
         self.length = 0;
@@ -67,6 +72,7 @@ mod tests {
         output.truncate(2);
         output.truncate(5);
         assert_eq!(*output, *b"ab");
+        assert_eq!(output.taken_away(), *b"cdefgh");
         output.add_room(1);
         output[2] = b'x';
         output.extend(b"y");

@@ -15,7 +15,7 @@ use godwit_core::machine::RegionDescription;
 use godwit_core::pending::{Harvester, Pending};
 use godwit_core::progress::PageCounts;
 use godwit_core::source::sending::{BrokenOff, Order, Pace, Polled, Report, break_off};
-use godwit_core::source::{Compression, SendingChannel, SourcePages, Unacknowledged};
+use godwit_core::source::{Compression, Encodings, SendingChannel, SourcePages, Unacknowledged};
 use godwit_core::table::{PageHasher, PageTable};
 use godwit_core::touched::TouchedPages;
 use godwit_core::view::MemoryView;
@@ -119,6 +119,7 @@ impl Scene {
             channels: CHANNELS,
         };
         source.pending.fill(&layout);
+        let encodings = Encodings { compression, delta_cache_bytes: delta_cache_bytes.unwrap_or(0), sparse: true };
         let destination = DestinationPages {
             view: MemoryView::new(memory(), Arc::clone(&layout)).unwrap(),
             table: PageTable::new(&layout),
@@ -129,9 +130,7 @@ impl Scene {
             memory: here,
             log: Log::default(),
             touched,
-            sending: (0..CHANNELS)
-                .map(|index| SendingChannel::new(index, compression, delta_cache_bytes.unwrap_or(0)).unwrap())
-                .collect(),
+            sending: (0..CHANNELS).map(|index| SendingChannel::new(index, encodings).unwrap()).collect(),
             unacknowledged: (0..CHANNELS).map(|_| Unacknowledged::default()).collect(),
             receiving: (0..CHANNELS)
                 .map(|index| ReceivingChannel::new(&destination, index, CHANNELS).unwrap())
@@ -315,7 +314,7 @@ fn what_the_pause_sends_over_a_slow_link_is_compressed() {
 fn over_a_slow_link_what_is_written_before_its_turn_is_sent_once() {
     for (bytes_per_s, again) in [(Some(10_000_000), 0), (None, 1)] {
         let mut scene = Scene::new(Compression::None, None);
-        (0..512).for_each(|page| scene.write(page, 3 + 4 * page as u64));
+        (0..512).for_each(|page| scene.write(page, (1 << 28) + 4 * page as u64 + 3));
         let pace = Pace { quantum_bytes: 20_000, bytes_per_s, cut: false };
         scene.sending[0].begin(Order::Round { first: true });
         let mut wire = Vec::new();
@@ -345,7 +344,7 @@ fn over_a_slow_link_what_is_written_before_its_turn_is_sent_once() {
 #[test]
 fn what_is_left_of_a_stripe_goes_as_it_does_over_a_slow_link_once_that_is_known() {
     let mut scene = Scene::new(Compression::Auto, Some(4 << 20));
-    (0..512).for_each(|page| scene.write(page, 2 + 4 * page as u64));
+    (0..512).for_each(|page| scene.write(page, 1 + 4 * page as u64));
     scene.sending[0].begin(Order::Round { first: true });
     let mut wire = Vec::new();
     loop {
@@ -357,7 +356,7 @@ fn what_is_left_of_a_stripe_goes_as_it_does_over_a_slow_link_once_that_is_known(
                 scene.sending[0].written();
                 if !slow {
                     // Before its turn.
-                    scene.write(511, 6);
+                    scene.write(511, 5);
                 }
             }
             Polled::Done(_) => break,
@@ -378,7 +377,7 @@ fn bytes_that_may_wait_for_others_are_followed_by_some() {
     let rounds = [(Order::Round { first: true }, None), (Order::Round { first: true }, Some(3))];
     for (order, cut_after) in rounds.into_iter().chain([(Order::Final { link_bytes_per_s: None }, None)]) {
         let mut scene = Scene::new(Compression::None, None);
-        (0..512).for_each(|page| scene.write(page, 3 + 4 * page as u64));
+        (0..512).for_each(|page| scene.write(page, (1 << 28) + 4 * page as u64 + 3));
         scene.sending[0].begin(order);
         let mut waiting = Vec::new();
         loop {

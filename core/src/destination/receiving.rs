@@ -5,6 +5,7 @@
 
 use std::io;
 
+use crate::chunk::Base;
 use crate::decoder::{ChannelDecoder, DecodeError, Decoded, Delta, Pages, Wants};
 use crate::delta;
 use crate::memory::PAGE_SIZE;
@@ -61,8 +62,8 @@ impl ReceivingChannel {
             Decoded::Contents(run, contents) => apply.contents(run, contents),
             Decoded::Zero(runs) => runs.iter().for_each(|run| apply.zero(*run)),
             Decoded::Deltas(deltas) => {
-                for Delta { page: run, bytes: range } in deltas {
-                    apply.delta(*run, &bytes[range.clone()], &mut self.page)?;
+                for Delta { page: run, base, bytes: range } in deltas {
+                    apply.delta(*run, *base, &bytes[range.clone()], &mut self.page)?;
                 }
             }
             Decoded::Mark(mark) => return Ok(Received::Mark(mark)),
@@ -131,12 +132,15 @@ impl Apply<'_> {
         }
     }
 
-    /// The base is what stands in memory: nobody but this channel writes there.
-    fn delta(&mut self, run: Pages, difference: &[u8], page: &mut Page) -> Result<(), DecodeError> {
-        if self.pages.table.is_torn(run.slot) {
-            return Err(DecodeError::NoBase(run.frame));
+    /// The base is what stands in memory, where nobody but this channel writes, or zeros.
+    fn delta(&mut self, run: Pages, base: Base, difference: &[u8], page: &mut Page) -> Result<(), DecodeError> {
+        match base {
+            Base::Sent if self.pages.table.is_torn(run.slot) => return Err(DecodeError::NoBase(run.frame)),
+            Base::Sent => {
+                self.pages.view.pages(run.slot, 1).copy_to(&mut page[..]);
+            }
+            Base::Zeros => page.fill(0),
         }
-        self.pages.view.pages(run.slot, 1).copy_to(&mut page[..]);
         delta::apply(page, difference).map_err(|error| DecodeError::Delta { frame: run.frame, error })?;
         self.pages.view.write_page(run.slot, page);
         self.note(run, 0, self.pages.hasher.page(run.frame, page));

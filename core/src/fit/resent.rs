@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::estimate::{EstimateError, Options, RewrittenContents};
 use crate::layout::{Stripe, StripeBits};
-use crate::source::Compression;
+use crate::source::Encodings;
 use crate::view::MemoryView;
 
 /// Runs of pages that are copied at a time: half a MiB of memory, and a few milliseconds.
@@ -27,7 +27,8 @@ pub(super) struct Resent {
 
 impl Resent {
     /// With a move's options. `None`: nothing is sent instead of pages.
-    pub(super) fn new(compression: Compression, delta_cache_bytes: u64) -> Result<Option<Self>, EstimateError> {
+    pub(super) fn new(encodings: Encodings) -> Result<Option<Self>, EstimateError> {
+        let Encodings { compression, delta_cache_bytes, .. } = encodings;
         if delta_cache_bytes == 0 {
             return Ok(None);
         }

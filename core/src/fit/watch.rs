@@ -14,7 +14,7 @@ use crate::estimate::sampling::{self, MOST_STRIPES, ZONES};
 use crate::layout::{Layout, STRIPE_WORDS, StripeBits};
 use crate::machine::{DirtyLog, MachineError};
 use crate::predict::Zone;
-use crate::source::{Compression, SourcePages};
+use crate::source::{Encodings, SourcePages};
 
 /// The shortest time between two looks,
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -61,12 +61,8 @@ pub struct Watch {
 
 impl Watch {
     /// A watch over a first pass that begins now.
-    /// `compression` and `delta_cache_bytes`: the move's.
-    pub fn new(
-        layout: &Layout,
-        now: Duration,
-        (compression, delta_cache_bytes): (Compression, u64),
-    ) -> Result<Self, EstimateError> {
+    /// `encodings`: the move's.
+    pub fn new(layout: &Layout, now: Duration, encodings: Encodings) -> Result<Self, EstimateError> {
         let sample = sampling::sample(layout.stripes(), MOST_STRIPES);
         let mut pages = vec![0.0; ZONES];
         for &index in &sample {
@@ -74,7 +70,7 @@ impl Watch {
         }
         let scale = layout.pages() as f64 / pages.iter().sum::<f64>().max(1.0);
         Ok(Self {
-            resent: Resent::new(compression, delta_cache_bytes)?,
+            resent: Resent::new(encodings)?,
             touched: Vec::new(),
             visited: vec![[None; STRIPE_WORDS]; sample.len()],
             clock: GuestClock::default(),
@@ -273,6 +269,7 @@ mod tests {
     use crate::machine::RegionDescription;
     use crate::memory::GuestMemory;
     use crate::pending::Pending;
+    use crate::source::Compression;
     use crate::table::{PageHasher, PageTable};
     use crate::touched::TouchedPages;
     use crate::view::MemoryView;
@@ -326,7 +323,8 @@ mod tests {
     #[test]
     fn ages_are_told_by_what_is_cleared_at_once() {
         let pages = pages();
-        let mut watch = Watch::new(pages.view.layout(), Duration::ZERO, (Compression::None, 0)).unwrap();
+        let encodings = Encodings { compression: Compression::None, delta_cache_bytes: 0, sparse: true };
+        let mut watch = Watch::new(pages.view.layout(), Duration::ZERO, encodings).unwrap();
         let mut look = |at: Duration| {
             let seen = watch.look(&pages, &FirstWord, &|| at).unwrap();
             (seen, watch.visited[0])

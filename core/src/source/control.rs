@@ -43,10 +43,10 @@ pub(crate) use self::rounds::TELLING_ROUND_BYTES;
 pub(crate) use self::setup::probe_bytes;
 use self::stalling::Course;
 pub use self::vocabulary::{Action, Done, Input, NotOffered, RoundSent};
-use super::{CancelError, Compression, SourceOptions, SourceOutcome};
+use super::{CancelError, Encodings, SourceOptions, SourceOutcome};
 use crate::channel::SessionToken;
 use crate::machine::{MachineDescription, Refusal};
-use crate::message::{Message, TableSum, TimedStep};
+use crate::message::{FEATURE_SPARSE, Message, TableSum, TimedStep};
 use crate::phase::Phase;
 use crate::plants::{Plant, planted};
 use crate::progress::{self, Report, Step};
@@ -238,9 +238,10 @@ impl SourceControl {
         Some(self.phase_since + limit)
     }
 
-    /// The compression asked for, and the memory for what was last sent of pages.
-    pub fn encodings(&self) -> (Compression, u64) {
-        (self.options.compression, self.options.delta_cache_bytes)
+    /// What was asked for, as far as the peer knows it.
+    pub fn encodings(&self) -> Encodings {
+        let SourceOptions { compression, delta_cache_bytes, .. } = self.options;
+        Encodings { compression, delta_cache_bytes, sparse: self.peer_features & FEATURE_SPARSE != 0 }
     }
 
     /// A peer from which nothing was heard for so long is lost: [`Input::LinkLost`].

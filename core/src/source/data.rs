@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::Compression;
+use super::Encodings;
 use super::driver::Event;
 use super::flow::Flow;
 use super::sending::{BrokenOff, Order, SendingChannel, SourcePages, break_off};
@@ -64,7 +64,7 @@ impl Data {
         flow: Arc<Flow>,
         hasher: PageHasher,
         channels: u16,
-        (compression, delta_cache_bytes): (Compression, u64),
+        encodings: Encodings,
     ) -> Result<Self, MachineError> {
         let description = machine.describe()?;
         let layout = Layout::new(&description.memory)
@@ -81,8 +81,7 @@ impl Data {
             touched: Box::new(touched),
             channels: channels.into(),
         };
-        let idle = (0..channels)
-            .map(|index| SendingChannel::new(index.into(), compression, delta_cache_bytes / u64::from(channels)));
+        let idle = (0..channels).map(|index| SendingChannel::new(index.into(), encodings.of_each(channels)));
         let idle = idle
             .collect::<io::Result<_>>()
             .map_err(|error| MachineError::with_source("pages cannot be compressed", error))?;

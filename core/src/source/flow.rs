@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::compressing::is_slow;
 use super::sending::Pace;
 use crate::pacer::Pacer;
 use crate::postcopy::PageChannel;
@@ -37,6 +38,7 @@ struct ChannelFlow {
     untouched: AtomicU64,
     delta: AtomicU64,
     same: AtomicU64,
+    slow: AtomicBool,
 }
 
 impl Flow {
@@ -160,6 +162,16 @@ impl Flow {
         let flow = &self.channels[channel];
         flow.written_bytes.fetch_add(bytes, Ordering::Relaxed);
         flow.wire_bytes.fetch_add(wire_bytes, Ordering::Relaxed);
+    }
+
+    /// Notes whether a channel's link is seen to be slow.
+    pub fn link_is_slow(&self, channel: usize, slow: bool) {
+        self.channels[channel].slow.store(slow, Ordering::Relaxed);
+    }
+
+    /// Whether bytes are what a round's time goes into: under a low cap, or over a link that is seen to be slow.
+    pub fn is_slow(&self) -> bool {
+        is_slow(self.bytes_per_s()) || self.channels.iter().any(|flow| flow.slow.load(Ordering::Relaxed))
     }
 
     /// Notes the pages a channel has encoded.

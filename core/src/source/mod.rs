@@ -125,6 +125,24 @@ pub struct SourceOptions {
     pub hold_at: Option<Phase>,
 }
 
+/// In which ways the pages of a move may be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encodings {
+    /// Compression of pages.
+    pub compression: Compression,
+    /// Memory of all channels for what was last sent of pages.
+    pub delta_cache_bytes: u64,
+    /// Pages that are zeros but for a few words may be sent as those.
+    pub sparse: bool,
+}
+
+impl Encodings {
+    /// Of each of so many channels.
+    pub fn of_each(self, channels: u16) -> Self {
+        Self { delta_cache_bytes: self.delta_cache_bytes / u64::from(channels.max(1)), ..self }
+    }
+}
+
 /// More than this many data channels are a choice, not a default.
 const MOST_DEFAULT_CHANNELS: usize = 4;
 

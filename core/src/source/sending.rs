@@ -10,7 +10,7 @@ mod visiting;
 use std::io;
 
 use self::visiting::{Current, Piece};
-use super::Compression;
+use super::Encodings;
 use super::compressing::Compressing;
 use super::unacknowledged::{Batch, Sent, Unacknowledged};
 use crate::bases::Bases;
@@ -130,8 +130,6 @@ pub struct SendingChannel {
     bases: Bases,
     /// Whether what is sent is kept as a base: on links that are slower than looking for differences.
     keeping: bool,
-    /// Pages that were sent as zeros are zeros at the destination: not certain any more once a link broke.
-    zeros_arrived: bool,
     work: Work,
     current: Option<Current>,
     /// All that is in the output is to be written before anything is added to it.
@@ -213,16 +211,15 @@ pub fn break_off(
 
 impl SendingChannel {
     /// Data channel `index`, which sends every stripe whose number leaves this remainder.
-    /// `delta_cache_bytes`: for what was last sent of pages.
-    pub fn new(index: usize, compression: Compression, delta_cache_bytes: u64) -> io::Result<Self> {
-        let compressing = Compressing::new(compression);
+    pub fn new(index: usize, encodings: Encodings) -> io::Result<Self> {
+        let compressing = Compressing::new(encodings.compression);
+        let encoder = ChannelEncoder::new(compressing.level())?;
         Ok(Self {
             index,
-            encoder: ChannelEncoder::new(compressing.level())?,
+            encoder: if encodings.sparse { encoder } else { encoder.without_sparse() },
             compressing,
-            bases: Bases::new(delta_cache_bytes),
+            bases: Bases::new(encodings.delta_cache_bytes),
             keeping: false,
-            zeros_arrived: true,
             work: Work::Idle,
             current: None,
             flush: false,
@@ -343,7 +340,6 @@ impl SendingChannel {
         if !planted(Plant::ReuseDeltaBase) {
             self.bases.clear();
         }
-        self.zeros_arrived = false;
         self.work = Work::Idle;
         self.flush = false;
         self.marked_bytes = self.written_bytes;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use super::compressing::is_slow;
 use super::driver::Event;
 use super::flow::Flow;
 use super::sending::{Order, Polled, Report, SendError, SendingChannel, SourcePages};
@@ -117,6 +118,7 @@ impl Worker {
                     }
                     let ended = Instant::now();
                     self.link.wrote(length, began, ended, || self.writer.delivery());
+                    flow.link_is_slow(self.index, is_slow(self.link.bytes_per_s()));
                     self.channel.written();
                     let wire_bytes = self.writer.bytes_on_wire();
                     flow.wrote(self.index, length, wire_bytes - self.noted_bytes);

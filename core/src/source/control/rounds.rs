@@ -38,8 +38,9 @@ impl SourceControl {
             self.wire_bytes_per_page = sent.wire_bytes as f64 / sent.pages.max(1) as f64;
             let rate = sent.wire_bytes as f64 / seconds;
             if self.options.switchover_bandwidth_bytes_per_s.is_none() {
-                // Under a cap a round shows what the link takes at least; without one, what it takes.
-                self.switchover_bytes_per_s = if sent.capped { self.switchover_bytes_per_s.max(rate) } else { rate };
+                // Under a cap, or of pages that are hardly any bytes, a round shows what the link takes at least; else what it takes.
+                let at_least = sent.capped || sent.by_pages;
+                self.switchover_bytes_per_s = if at_least { self.switchover_bytes_per_s.max(rate) } else { rate };
             }
         }
         self.cost.harvest = sent.harvest;

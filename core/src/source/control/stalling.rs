@@ -102,7 +102,13 @@ impl Course {
     pub(super) fn measured(&mut self, first: bool, sent: &RoundSent) {
         let is_telling = sent.wire_bytes >= TELLING_ROUND_BYTES || sent.duration >= TELLING_ROUND;
         if sent.pages > 0 && is_telling {
-            self.bytes_per_s = Some(sent.wire_bytes as f64 / sent.duration.as_secs_f64().max(1e-9));
+            let per_s = |bytes: u64| bytes as f64 / sent.duration.as_secs_f64().max(1e-9);
+            // Where nobody has waited for the link, pages that are hardly any bytes take the time of whole ones at most.
+            let bytes_per_s = match sent.by_pages {
+                true => per_s(sent.pages * PAGE_SIZE as u64).min(DATA_PATH_BYTES_PER_S).max(per_s(sent.wire_bytes)),
+                false => per_s(sent.wire_bytes),
+            };
+            self.bytes_per_s = Some(bytes_per_s);
             self.again_known |= !first;
         }
         self.again_wire_bytes = sent.seen.again_wire_bytes;

@@ -167,6 +167,16 @@ fn options() -> SourceOptions {
 }
 
 #[test]
+fn what_the_peer_does_not_know_is_not_sent() {
+    for (features, sparse, delta_cache_bytes) in [(u64::MAX, true, 7), (2, false, 7), (0, false, 0)] {
+        let mut control = control(SourceOptions { delta_cache_bytes: 7, ..SourceOptions::default() }, true);
+        control.hello(Hello { version: VERSION, features, program: "p".into(), host: "there".into() });
+        let encodings = control.encodings();
+        assert_eq!((encodings.sparse, encodings.delta_cache_bytes), (sparse, delta_cache_bytes), "{features}");
+    }
+}
+
+#[test]
 fn a_healthy_move_is_made() {
     let run = run(control(options(), true), Duration::from_micros(100), |_, _, answer| answer);
     let Some(SourceOutcome::Moved(report)) = &run.outcome else { panic!("{:?}", run.outcome) };

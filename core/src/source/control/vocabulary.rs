@@ -147,6 +147,9 @@ pub struct RoundSent {
     pub harvest: Duration,
     /// Whether a cap was in force at some time in it.
     pub capped: bool,
+    /// Most pages went as a few words each, over a link that takes them at once: how long they took says what pages cost at a core, and
+    /// nothing of the link but that it takes at least as much.
+    pub by_pages: bool,
     /// What is dirty where, and for how long it has had time to be.
     pub seen: Seen,
 }

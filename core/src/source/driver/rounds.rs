@@ -6,11 +6,13 @@ use super::super::control::{Done, RoundSent};
 use super::super::flow::Flow;
 use super::super::jobs;
 use super::{Driver, Input};
+use crate::progress::PageCounts;
 
 /// A round under way.
 pub(super) struct Round {
     began: Instant,
-    pages: u64,
+    /// Before it.
+    pages: PageCounts,
     written_bytes: u64,
     capped: bool,
     /// Once all of it has been written.
@@ -33,13 +35,19 @@ const ACKNOWLEDGED_WITHIN: Duration = Duration::from_millis(5);
 impl Round {
     /// It begins now.
     pub(super) fn begin(flow: &Flow) -> Self {
-        let (pages, written_bytes) = (flow.pages().visited(), flow.all_written_bytes());
+        let (pages, written_bytes) = (flow.pages(), flow.all_written_bytes());
         Self { began: Instant::now(), pages, written_bytes, capped: flow.bytes_per_s().is_some(), written: None }
     }
 
     /// What it has written, as it takes on the wire.
     fn wire_bytes(&self, flow: &Flow) -> u64 {
         flow.on_wire(flow.all_written_bytes() - self.written_bytes)
+    }
+
+    /// Whether how long it took says what its pages cost, and not what the link takes.
+    fn is_by_pages(&self, flow: &Flow) -> bool {
+        let (now, before) = (flow.pages(), self.pages);
+        2 * (now.delta - before.delta) > now.visited() - before.visited() && !flow.is_slow()
     }
 
     /// For how long its acknowledgement is still waited for.
@@ -76,6 +84,7 @@ impl Driver {
             again,
             wire_bytes: round.wire_bytes(flow),
             capped: round.capped || flow.bytes_per_s().is_some(),
+            by_pages: round.is_by_pages(flow),
             ..RoundSent::default()
         };
         let harvesting = Instant::now();
@@ -102,11 +111,12 @@ impl Driver {
         let input = match watch.look(&data.shared.pages, self.machine.dirty_log(), &|| flow.now()) {
             Ok(seen) => Input::Looked(RoundSent {
                 duration: round.began.elapsed(),
-                pages: flow.pages().visited() - round.pages,
+                pages: flow.pages().visited() - round.pages.visited(),
                 wire_bytes: round.wire_bytes(flow),
                 dirty_pages: seen.dirty_pages.iter().sum::<f64>() as u64,
                 queued_bytes: data.queued_bytes(),
                 capped: round.capped,
+                by_pages: round.is_by_pages(flow),
                 seen,
                 ..RoundSent::default()
             }),

@@ -10,7 +10,6 @@ use super::{Pace, SendError, SendingChannel, SourcePages, Visit};
 use crate::encoder::Encoded;
 use crate::layout::{STRIPE_WORDS, Stripe, StripeBits, set_bits, take_first_bit};
 use crate::machine::DirtyLog;
-use crate::memory::PAGE_SIZE;
 use crate::pending::Pending;
 use crate::plants::{Plant, planted};
 use crate::source::compressing::is_slow;
@@ -20,9 +19,6 @@ use crate::table::Page;
 /// So much of a slow link's time is made ready at once. To clear less in one go costs more: each time the kernel makes the vCPUs forget what
 /// they know of the page tables.
 const READY_FOR: Duration = Duration::from_millis(5);
-
-/// What a page holds that was never sent.
-static ZEROS: Page = [0; PAGE_SIZE];
 
 /// The stripe that is being encoded.
 pub(super) struct Current {
@@ -223,15 +219,7 @@ impl SendingChannel {
         let frame = stripe.first_frame + offset as u64;
         let slot = stripe.first_slot + offset;
         let copy = |page: &mut Page| pages.view.copy_page(stripe, offset, page);
-        let base = match self.bases.get(slot) {
-            None if !self.keeping => None,
-            None => match pages.table.entry(slot) {
-                None => Some(&ZEROS),
-                Some(entry) => (self.zeros_arrived && entry == pages.hasher.zero(frame)).then_some(&ZEROS),
-            },
-            base => base,
-        };
-        let encoded = match base {
+        let encoded = match self.bases.get(slot) {
             _ if holes[offset / 64] >> (offset % 64) & 1 == 1 => self.encoder.zero_page(offset),
             Some(base) => self.encoder.page_with_base(offset, base, copy),
             None => self.encoder.page(offset, copy),

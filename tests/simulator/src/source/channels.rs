@@ -178,6 +178,7 @@ impl World {
             applying: Duration::ZERO,
             harvest: us(20),
             capped: end.pacer.bytes_per_s().is_some(),
+            by_pages: false,
             seen: seen.unwrap_or_default(),
         };
         let RoundSent { pages, dirty_pages, queued_bytes, .. } = sent;

@@ -105,9 +105,8 @@ impl World {
 
 /// What exists once data channels are open.
 fn prepare(end: &mut SourceEnd) -> Result<(), MachineError> {
-    let (compression, cache_bytes) = end.control.encodings();
-    let cache_bytes = cache_bytes / u64::from(end.channel_count);
-    let channels = (0..end.channel_count).map(|index| SendingChannel::new(index.into(), compression, cache_bytes));
+    let encodings = end.control.encodings().of_each(end.channel_count);
+    let channels = (0..end.channel_count).map(|index| SendingChannel::new(index.into(), encodings));
     end.sending = channels.collect::<Result<_, _>>().map_err(|error| MachineError::new(error.to_string()))?;
     end.unacknowledged = end.sending.iter().map(|_| Unacknowledged::default()).collect();
     let layout = end.machine.view().layout();
