@@ -135,6 +135,7 @@ impl Data {
 
     /// The workers have ended; whatever they had told has been taken in.
     pub fn break_off(&mut self, channels: Vec<SendingChannel>) -> BrokenOff {
+        self.shared.flow.forget_queued();
         // A break while channels are being opened again finds none with a worker.
         if !channels.is_empty() {
             self.idle = channels;

@@ -266,7 +266,10 @@ impl Driver {
                 .input(Input::Failed(format!("the destination acknowledged what came over no channel ({channel})")));
         };
         match unacknowledged.applied(mark) {
-            Ok(pages) => self.applying.applied(Instant::now(), pages),
+            Ok(pages) => {
+                self.handle.flow.applied(channel.into(), pages);
+                self.applying.applied(Instant::now(), pages);
+            }
             Err(error) => return self.input(Input::Failed(format!("data channel {channel}: {error}"))),
         }
         if self.queue_awaited {

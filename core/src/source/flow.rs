@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::compressing::is_slow;
@@ -39,7 +39,13 @@ struct ChannelFlow {
     delta: AtomicU64,
     same: AtomicU64,
     slow: AtomicBool,
+    /// Pages under way to the destination, or there and not written yet.
+    queued_pages: AtomicU64,
 }
+
+/// A channel does not get further ahead of the destination: pages that are hardly any bytes would all be in buffers before the destination
+/// has written many of them, and the guest would have to wait for that in the pause.
+const MOST_QUEUED_PAGES: u64 = 1024;
 
 impl Flow {
     /// No bytes yet.
@@ -127,6 +133,40 @@ impl Flow {
     /// Lets the workers leave their round.
     pub fn cut_round(&self) {
         self.cut.store(true, Ordering::Release);
+        let _pacer = self.pacer();
+        self.pacer_changed.notify_all();
+    }
+
+    /// Notes pages that a channel is about to have under way.
+    pub fn queued(&self, channel: usize, pages: u64) {
+        self.channels[channel].queued_pages.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// Notes pages of a channel that the destination has written.
+    pub fn applied(&self, channel: usize, pages: u64) {
+        let pacer = self.pacer();
+        self.channels[channel].queued_pages.fetch_sub(pages, Ordering::Relaxed);
+        drop(pacer);
+        self.pacer_changed.notify_all();
+    }
+
+    /// Nothing is under way any more.
+    pub fn forget_queued(&self) {
+        self.channels.iter().for_each(|flow| flow.queued_pages.store(0, Ordering::Relaxed));
+    }
+
+    /// Waits until the destination has caught up with a channel far enough, or the round is to be left.
+    pub fn wait_for_destination(&self, channel: usize) -> io::Result<()> {
+        let queued = &self.channels[channel].queued_pages;
+        if queued.load(Ordering::Relaxed) < MOST_QUEUED_PAGES {
+            return Ok(());
+        }
+        let mut pacer = self.pacer();
+        while queued.load(Ordering::Relaxed) >= MOST_QUEUED_PAGES && !self.cut.load(Ordering::Acquire) {
+            self.check_stopped()?;
+            pacer = self.pacer_changed.wait(pacer).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
     }
 
     /// Lets rounds be finished again.
@@ -238,6 +278,32 @@ impl Flow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
+
+    #[test]
+    fn a_channel_waits_for_the_destination_until_it_has_caught_up_or_the_round_is_cut() {
+        let flow = Flow::new(Instant::now(), 2, None);
+        flow.queued(0, MOST_QUEUED_PAGES - 1);
+        flow.wait_for_destination(0).unwrap();
+        flow.queued(0, 1);
+        flow.wait_for_destination(1).unwrap();
+        let waits_until = |happens: &dyn Fn()| {
+            thread::scope(|scope| {
+                let waiting = scope.spawn(|| flow.wait_for_destination(0));
+                thread::sleep(Duration::from_millis(20));
+                assert!(!waiting.is_finished());
+                happens();
+                waiting.join().unwrap()
+            })
+        };
+        waits_until(&|| flow.applied(0, 1)).unwrap();
+        flow.queued(0, 1);
+        waits_until(&|| flow.cut_round()).unwrap();
+        flow.uncut_rounds();
+        waits_until(&|| flow.stop()).unwrap_err();
+        flow.forget_queued();
+        flow.wait_for_destination(0).unwrap();
+    }
 
     #[test]
     fn what_is_written_takes_on_the_wire_what_all_has_taken() {

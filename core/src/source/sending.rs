@@ -28,7 +28,7 @@ use crate::view::MemoryView;
 /// How much may be under way without an acknowledgement being asked for: bytes on the wire, and pages that the destination
 /// has to write, which may be far more where they shrink.
 const MARK_INTERVAL_BYTES: u64 = 4 << 20;
-const MARK_INTERVAL_PAGES: u64 = 1024;
+const MARK_INTERVAL_PAGES: u64 = 512;
 
 /// What all channels of a move share at the source.
 pub struct SourcePages {

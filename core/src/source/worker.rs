@@ -131,8 +131,13 @@ impl Worker {
                     }
                     self.charged_bytes = charged.max(wire_bytes);
                     flow.encoded(self.index, self.channel.counts());
+                    // All marks are written: what is waited for is on its way.
+                    if paced {
+                        flow.wait_for_destination(self.index)?;
+                    }
                 }
                 Polled::Marked(batch) => {
+                    flow.queued(self.index, batch.pages);
                     let told = Event::Worker { links: self.links, index: self.index, told: Told::Marked(batch) };
                     events.send(told).map_err(|_| WorkerError::Alone)?;
                 }
