@@ -238,6 +238,11 @@ impl SourceControl {
         Some(self.phase_since + limit)
     }
 
+    /// The shortest round trip to the peer so far, of a few messages on the control channel.
+    pub fn round_trip(&self) -> Duration {
+        self.cost.round_trip
+    }
+
     /// What was asked for, as far as the peer knows it.
     pub fn encodings(&self) -> Encodings {
         let SourceOptions { compression, delta_cache_bytes, .. } = self.options;

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::compressing::is_slow;
 use super::sending::Pace;
+use crate::memory::PAGE_SIZE;
 use crate::pacer::Pacer;
+use crate::policy::DATA_PATH_BYTES_PER_S;
 use crate::postcopy::PageChannel;
 use crate::progress::{PageCounts, PostCopyCounts};
 use crate::sync::lock;
@@ -23,6 +25,8 @@ pub struct Flow {
     channels: Vec<ChannelFlow>,
     /// Pages that were missing at the destination when the guest went on there.
     missing_pages: AtomicU64,
+    /// How far a channel may get ahead.
+    most_queued_pages: AtomicU64,
 }
 
 /// One data channel's counters.
@@ -43,8 +47,8 @@ struct ChannelFlow {
     queued_pages: AtomicU64,
 }
 
-/// A channel does not get further ahead of the destination: pages that are hardly any bytes would all be in buffers before the destination
-/// has written many of them, and the guest would have to wait for that in the pause.
+/// A channel does not get further ahead of the destination, but for what is on its way: pages that are hardly any bytes would all be in
+/// buffers before the destination has written many of them, and the guest would have to wait for that in the pause.
 const MOST_QUEUED_PAGES: u64 = 1024;
 
 impl Flow {
@@ -58,6 +62,7 @@ impl Flow {
             cut: AtomicBool::new(false),
             channels: (0..channels + PageChannel::COUNT).map(|_| ChannelFlow::default()).collect(),
             missing_pages: AtomicU64::new(0),
+            most_queued_pages: AtomicU64::new(MOST_QUEUED_PAGES),
         }
     }
 
@@ -137,6 +142,14 @@ impl Flow {
         self.pacer_changed.notify_all();
     }
 
+    /// Lets a channel get ahead by what the data path gets through in a round trip, too: over a long way nothing else would keep it busy.
+    pub fn allow_for(&self, round_trip: Duration) {
+        let channels = self.channels.len() - usize::from(PageChannel::COUNT);
+        let bytes = round_trip.as_secs_f64() * DATA_PATH_BYTES_PER_S / channels.max(1) as f64;
+        let pages = MOST_QUEUED_PAGES + (bytes / PAGE_SIZE as f64) as u64;
+        self.most_queued_pages.store(pages, Ordering::Relaxed);
+    }
+
     /// Notes pages that a channel is about to have under way.
     pub fn queued(&self, channel: usize, pages: u64) {
         self.channels[channel].queued_pages.fetch_add(pages, Ordering::Relaxed);
@@ -158,11 +171,12 @@ impl Flow {
     /// Waits until the destination has caught up with a channel far enough, or the round is to be left.
     pub fn wait_for_destination(&self, channel: usize) -> io::Result<()> {
         let queued = &self.channels[channel].queued_pages;
-        if queued.load(Ordering::Relaxed) < MOST_QUEUED_PAGES {
+        let most = self.most_queued_pages.load(Ordering::Relaxed);
+        if queued.load(Ordering::Relaxed) < most {
             return Ok(());
         }
         let mut pacer = self.pacer();
-        while queued.load(Ordering::Relaxed) >= MOST_QUEUED_PAGES && !self.cut.load(Ordering::Acquire) {
+        while queued.load(Ordering::Relaxed) >= most && !self.cut.load(Ordering::Acquire) {
             self.check_stopped()?;
             pacer = self.pacer_changed.wait(pacer).unwrap_or_else(PoisonError::into_inner);
         }
@@ -303,6 +317,13 @@ mod tests {
         waits_until(&|| flow.stop()).unwrap_err();
         flow.forget_queued();
         flow.wait_for_destination(0).unwrap();
+        flow.go_on();
+        // Two channels at 1.5 GB/s in all.
+        flow.allow_for(Duration::from_millis(100));
+        flow.queued(0, MOST_QUEUED_PAGES + 18_300);
+        flow.wait_for_destination(0).unwrap();
+        flow.queued(0, 11);
+        waits_until(&|| flow.applied(0, 11)).unwrap();
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl Driver {
             return self.input(Input::Failed(format!("no thread could be started for a data channel: {error}")));
         }
         if self.links == 0 {
+            self.handle.flow.allow_for(self.control.round_trip());
             let capped = self.handle.flow.bytes_per_s().is_some();
             return self.input(Input::Done(Done::DataOpened { capped }));
         }
