@@ -23,6 +23,7 @@
 //! | [`scenario`] | what the lab shows of a machine that moves: its clients, and how they are judged |
 //! | [`chaos`] | faults at random moments of real moves, and who runs then |
 //! | [`clock`], [`priority`] | the time, and threads that wake up on it |
+//! | [`interrupt`] | a run that is asked to end |
 //! | [`wait`] | waiting for a condition, never longer than a limit |
 
 pub mod chaos;
@@ -37,6 +38,7 @@ pub mod guest_memory;
 pub mod harness;
 pub mod heartbeat;
 pub mod image_locks;
+pub mod interrupt;
 pub mod lab;
 pub mod measure;
 pub mod netns;

@@ -14,7 +14,7 @@ use crate::counters::{CounterSampler, Interface, cap_error_max_pct};
 use crate::godwit::{Ended, Node};
 use crate::heartbeat::Gap;
 use crate::sampler::{Sampler, Target};
-use crate::{wait, workload};
+use crate::{interrupt, wait, workload};
 
 /// Between two looks at how the move stands.
 const POLL_PERIOD: Duration = Duration::from_millis(2);
@@ -209,6 +209,7 @@ impl<'a> Watch<'a> {
         mut status: impl FnMut() -> Result<String>,
     ) -> Result<u64> {
         loop {
+            interrupt::check()?;
             let status = status()?;
             let taken_ns = monotonic_ns() - start_ns;
             self.search()?;

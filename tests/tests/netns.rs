@@ -1,15 +1,22 @@
 //! The tests' own network: links carry, count, slow down and break as the other tests rely on.
 
+use std::env;
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use godwit_tests::counters::{TCP_HEADER_BYTES, Traffic, UDP_HEADER_BYTES};
-use godwit_tests::harness::{self, Need};
+use godwit_tests::harness::{self, Need, Scene};
 use godwit_tests::netns::{Hosts, Namespace};
+use godwit_tests::process::Process;
+use godwit_tests::wait;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::Signal;
 
 fn main() {
     harness::main(vec![
@@ -18,6 +25,7 @@ fn main() {
         harness::test("a_shaped_link_is_slow", &[Need::Root], |_| a_shaped_link_is_slow()),
         harness::test("a_cut_link_loses_everything_until_mended", &[Need::Root], |_| a_cut_link_is_silent()),
         harness::test("nothing_is_left_behind", &[Need::Root], |_| nothing_is_left_behind()),
+        harness::test("an_interrupted_run_leaves_nothing_behind", &[Need::Root, Need::Kvm], an_interrupted_run),
     ])
 }
 
@@ -152,4 +160,31 @@ fn nothing_is_left_behind() -> Result<()> {
     }));
     ensure!(unwound.is_err() && !path.exists());
     Ok(())
+}
+
+/// A run of the convergence suite that is asked to end while a machine of its runs.
+fn an_interrupted_run(scene: &Scene) -> Result<()> {
+    let mut command = Command::new(harness::binary("convergence")?);
+    command.args(["--moves", "1", "--out"]).arg(scene.path());
+    let mut run = Process::start("convergence", scene.path(), command, None)?;
+    let prefix = format!("godwit-{}-", run.pid());
+    let made = || -> Result<Vec<PathBuf>> {
+        let mut made = Vec::new();
+        for directory in [Path::new("/run/netns"), &env::temp_dir()] {
+            let entries = fs::read_dir(directory)?.filter_map(Result::ok);
+            made.extend(entries.map(|entry| entry.path()).filter(|path| path_begins_with(path, &prefix)));
+        }
+        Ok(made)
+    };
+    wait::until_true("its machine runs", LIMIT, || Ok(made()?.iter().any(|path| path.join("source.out").exists())))?;
+    ensure!(made()?.len() == 3, "two namespaces and a directory, not {:?}", made()?);
+    run.signal(Signal::SIGTERM)?;
+    let code = run.exit_code(LIMIT)?;
+    ensure!(code == 1 && run.stderr().contains("interrupted"), "{code}: {}", run.describe());
+    ensure!(made()?.is_empty(), "left behind: {:?}", made()?);
+    Ok(())
+}
+
+fn path_begins_with(path: &Path, prefix: &str) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
 }

@@ -15,6 +15,7 @@ use godwit_tests::convergence::policy::{Policy, PolicyMove};
 use godwit_tests::convergence::running::{Ledger, Record, run};
 use godwit_tests::convergence::score::Score;
 use godwit_tests::convergence::{own_machine, point};
+use godwit_tests::interrupt;
 use godwit_tests::netns::Hosts;
 use serde_json::{Value, json};
 
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
 }
 
 fn suite(arguments: &Arguments) -> Result<()> {
+    interrupt::listen()?;
     let moves = arguments.moves.unwrap_or(if arguments.quick { QUICK_MOVES } else { MOVES });
     let mut points = point::draw(arguments.seed, moves);
     points.retain(|point| arguments.only.is_empty() || arguments.only.contains(&point.number));
@@ -88,6 +90,7 @@ fn suite(arguments: &Arguments) -> Result<()> {
     let (began, hosts) = (Instant::now(), Hosts::new(2)?);
     let (mut records, mut failed) = (Vec::<Record>::new(), 0usize);
     for point in &points {
+        interrupt::check()?;
         say(format_args!("{:>3} {}", point.number, point.line()));
         let by_policy = records.iter().filter(|record| record.policy.is_some()).count();
         let policy = arguments.policy.unwrap_or(Policy::ALL[by_policy % Policy::ALL.len()]);

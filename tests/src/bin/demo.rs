@@ -9,6 +9,7 @@ use clap::Parser;
 use godwit_tests::counters::{TCP_HEADER_BYTES, UDP_HEADER_BYTES};
 use godwit_tests::godwit::Node;
 use godwit_tests::harness::Scene;
+use godwit_tests::interrupt;
 use godwit_tests::measure::{Link, LinkUse, Measured, measure};
 use godwit_tests::netns::Hosts;
 use godwit_tests::workload::Workload;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn run(json: bool) -> Result<()> {
+    interrupt::listen()?;
     let scene = Scene::new()?;
     let runs = demo(&scene).with_context(|| format!("{}the demo failed", scene.logs()))?;
     eprintln!("\n{}", table(&runs));

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use godwit_tests::cloud_hypervisor;
+use godwit_tests::interrupt;
 use godwit_tests::versus::settings::{self, Mover};
 use godwit_tests::versus::{case, compare, limits, moving};
 use serde_json::json;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    interrupt::listen()?;
     let mut cases = case::all(arguments.seed);
     let names: Vec<&str> = cases.iter().map(|case| case.name).collect();
     let is_wanted = |name: &str, wanted: &String| match names.contains(&wanted.as_str()) {

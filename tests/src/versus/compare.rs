@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::case::{Case, LINK_BYTES_PER_S, Link};
 use super::moving::{Moved, by_godwit, by_other, raw_bytes_per_s};
 use super::settings::Mover;
+use crate::interrupt;
 
 /// Moves of each setting in the tournament. The best counts, to the other program's favour.
 const TRIES: usize = 2;
@@ -31,6 +32,7 @@ pub fn compare(
 ) -> Result<Compared> {
     let mut tried: Vec<(&Mover, Moved)> = Vec::new();
     for mover in candidates {
+        interrupt::check()?;
         let settings = mover.settings();
         let mut best = by_other(&case, mover, downtime_limit_ms)?;
         say(&settings, &best);
@@ -53,6 +55,7 @@ pub fn compare(
     };
     let (mut godwit, mut other) = (Vec::new(), Vec::new());
     for _ in 0..pairs {
+        interrupt::check()?;
         let moved = by_godwit(&case, downtime_limit_ms)?;
         say("godwit", &moved);
         godwit.push(moved);
