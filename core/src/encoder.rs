@@ -18,6 +18,7 @@ const DELTA_CHUNK_BYTES: usize = 16 << 10;
 /// Where pages are compressed too, only differences that are shorter than what that leaves of a page are sent. And no longer ones from
 /// zeros, which are looked for on fast links too: a page of which more is set is given up after a few cache lines.
 const SHORT_BYTES: usize = PAGE_SIZE / 8;
+/// What sparse pages are differences from.
 static ZEROS: Page = [0; PAGE_SIZE];
 /// Once output grows beyond this much, the driver should write it.
 pub const OUTPUT_BYTES: usize = 128 << 10;

@@ -95,7 +95,7 @@ pub struct PageCounts {
     pub zero: u64,
     /// Compressed.
     pub zstd: u64,
-    /// As differences from what had been sent before.
+    /// As differences from what had been sent before, or as the few words in which they are not zeros.
     pub delta: u64,
     /// Dirtied, and found to be what had been sent before: not sent again.
     pub same: u64,

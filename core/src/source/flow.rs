@@ -42,6 +42,7 @@ struct ChannelFlow {
     untouched: AtomicU64,
     delta: AtomicU64,
     same: AtomicU64,
+    /// Its link is seen to be slow.
     slow: AtomicBool,
     /// Pages under way to the destination, or there and not written yet.
     queued_pages: AtomicU64,

@@ -167,6 +167,22 @@ fn options() -> SourceOptions {
 }
 
 #[test]
+fn a_round_of_pages_that_are_hardly_any_bytes_says_nothing_of_the_link_but_that_it_takes_as_much() {
+    let after = |by_pages| {
+        let mut control = control(options(), true);
+        let sent = |pages, wire_bytes, by_pages| {
+            let duration = Duration::from_millis(100);
+            RoundSent { duration, pages, wire_bytes, dirty_pages: 50_000, by_pages, ..RoundSent::default() }
+        };
+        control.round_sent(sent(25_000, 100_000_000, false));
+        control.round_sent(sent(50_000, 1_000_000, by_pages));
+        control.switchover_bytes_per_s().round()
+    };
+    assert_eq!(after(true), 1e9);
+    assert_eq!(after(false), 1e7);
+}
+
+#[test]
 fn what_the_peer_does_not_know_is_not_sent() {
     for (features, sparse, delta_cache_bytes) in [(u64::MAX, true, 7), (2, false, 7), (0, false, 0)] {
         let mut control = control(SourceOptions { delta_cache_bytes: 7, ..SourceOptions::default() }, true);
