@@ -40,6 +40,7 @@ const MARK: u8 = 4;
 const END: u8 = 5;
 const PROBE: u8 = 6;
 const DELTA: u8 = 7;
+const COMING: u8 = 8;
 
 /// A chunk's header, checked: whatever it says is within the format's limits. Whether the frames are RAM is for the
 /// memory's owner to say.
@@ -92,6 +93,13 @@ pub enum Chunk {
         /// Bytes of all of them, at most [`DELTA_BYTES`] + [`delta::MOST_BYTES`] each.
         length: usize,
     },
+    /// Pages that will be sent on this channel soon: memory for them can be made ready.
+    Coming {
+        /// First frame.
+        frame: u64,
+        /// 1 to [`MAX_PAGES`].
+        pages: usize,
+    },
 }
 
 /// Why bytes are no chunk.
@@ -125,7 +133,7 @@ impl Chunk {
             Chunk::Raw { pages, .. } => pages * PAGE_SIZE,
             Chunk::Zero { runs, .. } => runs * ZERO_RUN_BYTES,
             Chunk::Zstd { length, .. } | Chunk::Probe { length } | Chunk::Delta { length, .. } => length,
-            Chunk::Mark { .. } | Chunk::End { .. } => 0,
+            Chunk::Mark { .. } | Chunk::End { .. } | Chunk::Coming { .. } => 0,
         }
     }
 
@@ -139,6 +147,7 @@ impl Chunk {
             Chunk::End { chunks } => (END, 0, chunks),
             Chunk::Probe { .. } => (PROBE, 0, 0),
             Chunk::Delta { frame, pages, .. } => (DELTA, pages, frame),
+            Chunk::Coming { frame, pages } => (COMING, pages, frame),
         };
         let mut bytes = [0; HEADER_BYTES];
         bytes[0] = kind;
@@ -175,7 +184,8 @@ impl Chunk {
             (DELTA, Some(pages)) if delta_bytes(pages).contains(&(length as usize)) => {
                 Chunk::Delta { frame: number, pages, length: length as usize }
             }
-            (RAW..=DELTA, _) => return Err(ChunkError::Size { kind, count, length }),
+            (COMING, Some(pages)) => Chunk::Coming { frame: number, pages },
+            (RAW..=COMING, _) => return Err(ChunkError::Size { kind, count, length }),
             _ => return Err(ChunkError::Kind(kind)),
         };
         // Whatever is redundant must agree, so that there is one encoding of each chunk.
@@ -280,6 +290,7 @@ mod tests {
                 let length = DELTA_BYTES + (share * delta::MOST_BYTES as f64) as usize;
                 Chunk::Delta { frame, pages, length: pages * length }
             }),
+            (any::<u64>(), 1..=MAX_PAGES).prop_map(|(frame, pages)| Chunk::Coming { frame, pages }),
         ]
     }
 
@@ -297,7 +308,7 @@ mod tests {
         }
 
         #[test]
-        fn impossible_headers_are_refused_even_with_a_right_checksum(mut bytes in prop::array::uniform24(any::<u8>()), kind in 0u8..9) {
+        fn impossible_headers_are_refused_even_with_a_right_checksum(mut bytes in prop::array::uniform24(any::<u8>()), kind in 0u8..10) {
             bytes[0] = kind;
             bytes[1] = 0;
             bytes[2..4].copy_from_slice(&MAGIC);

@@ -41,6 +41,8 @@ pub enum Decoded<'a> {
     Zero(&'a [Pages]),
     /// Pages as differences.
     Deltas(&'a [Delta]),
+    /// These will be sent soon.
+    Coming(Pages),
     /// To be acknowledged.
     Mark(u64),
     /// The channel has ended, complete.
@@ -209,6 +211,10 @@ impl ChannelDecoder {
                 self.chunks += 1;
                 return Ok(Decoded::Mark(number));
             }
+            Chunk::Coming { frame, pages } => {
+                self.chunks += 1;
+                return Ok(Decoded::Coming(self.own_pages(frame, pages)?));
+            }
             Chunk::End { chunks } if chunks == self.chunks => {
                 self.state = State::Ended;
                 return Ok(Decoded::End);
@@ -346,7 +352,7 @@ mod tests {
                     }
                 }
                 Decoded::Mark(number) => marks.push(number),
-                Decoded::Incomplete | Decoded::End => {}
+                Decoded::Incomplete | Decoded::Coming(_) | Decoded::End => {}
             }
         }
     }
@@ -373,6 +379,9 @@ mod tests {
         let (mut bytes, mut expected) = (Vec::new(), BTreeMap::new());
         for (stripe, pages) in visits {
             let stripe = layout.stripe(*stripe);
+            if pages.len() > 1 {
+                encoder.coming(stripe.first_frame, stripe.pages);
+            }
             encoder.begin_stripe(stripe.first_frame);
             for (&offset, &(kind, seed)) in pages.range(..stripe.pages) {
                 let contents = page(kind, seed);
@@ -430,7 +439,15 @@ mod tests {
 
     #[test]
     fn pages_outside_of_memory_or_of_the_channel_are_refused() {
-        let at = |frame, pages| Chunk::Raw { frame, pages }.encode();
+        for at in [
+            |frame, pages| Chunk::Raw { frame, pages }.encode(),
+            |frame, pages| Chunk::Coming { frame, pages }.encode(),
+        ] {
+            refuses_what_is_not_the_channels(at);
+        }
+    }
+
+    fn refuses_what_is_not_the_channels(at: impl Fn(u64, usize) -> [u8; HEADER_BYTES]) {
         assert!(matches!(decode(&at(5 << 8, 1), 0, 1), Err(DecodeError::NotRam { .. })), "in the gap");
         assert!(matches!(decode(&at(1270, 20), 0, 1), Err(DecodeError::NotRam { .. })), "across the end of a region");
         assert!(matches!(decode(&at(u64::MAX, 1), 0, 1), Err(DecodeError::NotRam { .. })));

@@ -216,6 +216,12 @@ impl ChannelEncoder {
         }
     }
 
+    /// Says that pages from `frame` on will be sent soon. Between stripes.
+    pub fn coming(&mut self, frame: u64, pages: usize) {
+        self.end_stripe();
+        self.put(Chunk::Coming { frame, pages });
+    }
+
     /// Asks for an acknowledgement of all before it and returns the mark's number.
     pub fn mark(&mut self) -> u64 {
         self.close_run();

@@ -35,8 +35,11 @@ pub const FEATURE_MEMORY_FILES: u64 = 4;
 pub const FEATURE_POSTCOPY: u64 = 8;
 /// Pages that are zeros but for a few words may be sent as those ([`crate::delta`]).
 pub const FEATURE_SPARSE: u64 = 16;
+/// Data channels may say which pages come next, so that memory for them can be made ready.
+pub const FEATURE_COMING: u64 = 32;
 /// All that this version can do.
-pub const FEATURES: u64 = FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES | FEATURE_POSTCOPY | FEATURE_SPARSE;
+pub const FEATURES: u64 =
+    FEATURE_RETURN | FEATURE_DELTA | FEATURE_MEMORY_FILES | FEATURE_POSTCOPY | FEATURE_SPARSE | FEATURE_COMING;
 /// Bytes in a frame header.
 pub const HEADER_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"GWCT";

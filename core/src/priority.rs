@@ -27,6 +27,14 @@ pub(crate) fn run_promptly() -> Prompt {
     Prompt { before }
 }
 
+/// Has the calling thread run only while a core has nothing else to do.
+pub(crate) fn run_when_idle() {
+    // SAFETY: changes the calling thread (0) only, and the parameter outlives the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &libc::sched_param { sched_priority: 0 }) } != 0 {
+        tracing::debug!("a thread does not wait for others: {}", std::io::Error::last_os_error());
+    }
+}
+
 impl Drop for Prompt {
     fn drop(&mut self) {
         if nice() != self.before && !set(libc::SCHED_OTHER, self.before) {

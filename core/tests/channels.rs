@@ -99,6 +99,8 @@ struct Scene {
     unacknowledged: Vec<Unacknowledged>,
     destination: DestinationPages,
     receiving: Vec<ReceivingChannel>,
+    /// The first frames of what was announced, per channel.
+    coming: [Vec<u64>; CHANNELS],
     /// Where there is memory for bases the link turns out to be slow after so many bytes of an order, and differences are sent.
     slow_after_bytes: Option<usize>,
 }
@@ -119,7 +121,8 @@ impl Scene {
             channels: CHANNELS,
         };
         source.pending.fill(&layout);
-        let encodings = Encodings { compression, delta_cache_bytes: delta_cache_bytes.unwrap_or(0), sparse: true };
+        let encodings =
+            Encodings { compression, delta_cache_bytes: delta_cache_bytes.unwrap_or(0), sparse: true, coming: true };
         let destination = DestinationPages {
             view: MemoryView::new(memory(), Arc::clone(&layout)).unwrap(),
             table: PageTable::new(&layout),
@@ -135,6 +138,7 @@ impl Scene {
             receiving: (0..CHANNELS)
                 .map(|index| ReceivingChannel::new(&destination, index, CHANNELS).unwrap())
                 .collect(),
+            coming: Default::default(),
             slow_after_bytes: delta_cache_bytes.map(|_| 50_000),
             source,
             destination,
@@ -237,8 +241,14 @@ impl Scene {
                 }
                 Wants::Nothing => return marks,
             };
-            if let Received::Mark(mark) = received {
-                marks.push(mark);
+            match received {
+                Received::Mark(mark) => marks.push(mark),
+                Received::Coming(pages) => {
+                    let stands = pages.slot..pages.slot + pages.pages;
+                    assert!(stands.into_iter().all(|slot| self.destination.table.entry(slot).is_none()), "too late");
+                    self.coming[index].push(pages.frame);
+                }
+                Received::Nothing | Received::Ended(_) => {}
             }
         }
     }
@@ -396,6 +406,24 @@ fn bytes_that_may_wait_for_others_are_followed_by_some() {
         assert!(waiting.len() > 3, "{order:?}");
         assert_eq!(waiting.pop(), Some(false), "{order:?}");
         assert!(waiting.into_iter().all(|more| more), "{order:?}");
+    }
+}
+
+#[test]
+fn the_first_pass_says_which_stripes_come_if_they_hold_something_all_over() {
+    let far = REGIONS[1].0 / PAGE_SIZE as u64;
+    for (written, zeros, announced) in [(512, 0, vec![far]), (512, 300, vec![]), (190, 0, vec![]), (0, 0, vec![])] {
+        let mut scene = Scene::new(Compression::None, None);
+        // The first stripe of each channel follows at once; a stripe that was never touched, or holds zeros, is not announced.
+        (0..1024).for_each(|page| scene.write(page, 1));
+        (1280..1280 + written).for_each(|page| scene.write(page, 1));
+        (1280..1280 + zeros).for_each(|page| scene.write(page, 0));
+        scene.run(Order::Round { first: true }, None).unwrap();
+        assert_eq!(scene.coming, [vec![], announced.clone()], "{written} written, {zeros} with zeros");
+        (0..PAGES).for_each(|page| scene.write(page, 3));
+        scene.harvest();
+        scene.run(Order::Round { first: false }, None).unwrap();
+        assert_eq!(scene.coming, [vec![], announced], "memory is there by then");
     }
 }
 

@@ -14,6 +14,7 @@ pub use self::links::{accept, start as start_link};
 use super::claims::Shared as SharedClaims;
 use super::control::{Action, DestinationControl, Input};
 use super::filling::{Filling, Links, Service};
+use super::populating::Populating;
 use super::receiving::{DestinationPages, ReceivingChannel};
 use super::{DestinationOptions, DestinationOutcome};
 use crate::channel::{Channel, HangUp, IncomingData, SessionToken};
@@ -56,6 +57,8 @@ pub struct Driver<'a, H: DestinationHost> {
     inputs: Receiver<FromLinks>,
     machine: Option<H::Machine>,
     pages: Option<Arc<DestinationPages>>,
+    /// Makes memory ready for what comes in the first pass.
+    populating: Option<Populating>,
     /// The data channels, while no worker has them.
     idle: Vec<ReceivingChannel>,
     workers: Vec<JoinHandle<ReceivingChannel>>,
@@ -115,6 +118,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             inputs,
             machine: None,
             pages: None,
+            populating: None,
             idle: Vec::new(),
             workers: Vec::new(),
             hang_ups: Vec::new(),
@@ -195,6 +199,8 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
             }
             Action::CheckFilling => self.check_filling = true,
             Action::JudgeFilling => {
+                // What is missing must stay so; and not in the pause, which would wait for it.
+                self.populating = None;
                 let objection = match &self.description {
                     Some(machine) => self.host.check_filling(machine).err().map(|refusal| refusal.reason),
                     None => Some("there is no machine yet".into()),
@@ -222,10 +228,16 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
                 }
                 self.control.handle(Input::DataOpened(opened));
             }
-            Action::Round(1) => self.enter(Phase::Rounds),
-            Action::Round(_) => {}
+            Action::Round(0) => {}
+            Action::Round(round) => {
+                self.stop_populating();
+                if round == 1 {
+                    self.enter(Phase::Rounds);
+                }
+            }
             Action::Load(sections, context) => {
                 self.enter(Phase::State);
+                self.stop_populating();
                 let steps = self.load(&sections, &context).map_err(|error| error.to_string());
                 self.control.handle(Input::Loaded(steps));
             }
@@ -376,7 +388,7 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         // Each has said its last word, and nobody waits for what is left of it.
         self.hang_up_data();
         self.workers.clear();
-        drop_later((self.pages.take(), std::mem::take(&mut self.idle)));
+        drop_later((self.pages.take(), self.populating.take(), std::mem::take(&mut self.idle)));
         self.report.total_ms = self.began.elapsed().as_secs_f64() * 1e3;
         self.report.wire_bytes = self.link.wire_bytes();
         match self.machine.take() {
@@ -411,6 +423,11 @@ impl<'a, H: DestinationHost> Driver<'a, H> {
         self.stop_filling();
         self.hang_up();
         DestinationOutcome::Ended(why)
+    }
+
+    /// What is coming has come.
+    fn stop_populating(&self) {
+        self.populating.iter().for_each(Populating::stop);
     }
 
     fn enter(&self, phase: Phase) {

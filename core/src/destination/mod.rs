@@ -4,6 +4,7 @@ mod claims;
 pub mod control;
 mod driver;
 pub mod filling;
+mod populating;
 pub mod receiving;
 mod worker;
 

@@ -28,6 +28,8 @@ pub struct DestinationPages {
 pub enum Received {
     /// Nothing is to be done.
     Nothing,
+    /// These pages will come soon: memory for them can be made ready.
+    Coming(Pages),
     /// All before this mark has been applied: acknowledge it.
     Mark(u64),
     /// The channel has ended, complete; its share of the table's sum.
@@ -66,6 +68,7 @@ impl ReceivingChannel {
                     apply.delta(*run, *base, &bytes[range.clone()], &mut self.page)?;
                 }
             }
+            Decoded::Coming(pages) => return Ok(Received::Coming(pages)),
             Decoded::Mark(mark) => return Ok(Received::Mark(mark)),
             Decoded::End => return Ok(Received::Ended(self.sum)),
         }

@@ -4,6 +4,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
+use super::populating::Coming;
 use super::receiving::{DestinationPages, Received, ReceivingChannel};
 use crate::channel::ChannelReader;
 use crate::chunk::HEADER_BYTES;
@@ -26,7 +27,7 @@ pub enum WorkerError {
     Decode(usize, DecodeError),
 }
 
-/// Applies all that data channel `index` carries, acknowledging marks over `link`, and returns its share of the table's sum once it
+/// Applies all that data channel `index` carries, acknowledging marks over `link` and telling `coming` what comes next, and returns its share of the table's sum once it
 /// has ended.
 pub fn run(
     pages: &DestinationPages,
@@ -34,6 +35,7 @@ pub fn run(
     index: usize,
     channel: &mut ReceivingChannel,
     reader: &mut dyn ChannelReader,
+    coming: Option<&Coming>,
 ) -> Result<u64, WorkerError> {
     let broke = |error| WorkerError::Io(index, error);
     let mut reader = Buffered { reader, buffer: vec![0; BUFFER_BYTES], filled: 0, used: 0, read_past: false };
@@ -53,6 +55,7 @@ pub fn run(
         };
         match received.map_err(|error| WorkerError::Decode(index, error))? {
             Received::Nothing => {}
+            Received::Coming(pages) => coming.into_iter().for_each(|coming| coming.pages(pages)),
             Received::Mark(mark) => {
                 let applied = Applied { channel: index as u16, mark };
                 link.send(&Message::Applied(applied)).map_err(broke)?;

@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn ages_are_told_by_what_is_cleared_at_once() {
         let pages = pages();
-        let encodings = Encodings { compression: Compression::None, delta_cache_bytes: 0, sparse: true };
+        let encodings = Encodings { compression: Compression::None, delta_cache_bytes: 0, sparse: true, coming: false };
         let mut watch = Watch::new(pages.view.layout(), Duration::ZERO, encodings).unwrap();
         let mut look = |at: Duration| {
             let seen = watch.look(&pages, &FirstWord, &|| at).unwrap();

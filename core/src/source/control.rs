@@ -46,7 +46,7 @@ pub use self::vocabulary::{Action, Done, Input, NotOffered, RoundSent};
 use super::{CancelError, Encodings, SourceOptions, SourceOutcome};
 use crate::channel::SessionToken;
 use crate::machine::{MachineDescription, Refusal};
-use crate::message::{FEATURE_SPARSE, Message, TableSum, TimedStep};
+use crate::message::{FEATURE_COMING, FEATURE_SPARSE, Message, TableSum, TimedStep};
 use crate::phase::Phase;
 use crate::plants::{Plant, planted};
 use crate::progress::{self, Report, Step};
@@ -246,7 +246,8 @@ impl SourceControl {
     /// What was asked for, as far as the peer knows it.
     pub fn encodings(&self) -> Encodings {
         let SourceOptions { compression, delta_cache_bytes, .. } = self.options;
-        Encodings { compression, delta_cache_bytes, sparse: self.peer_features & FEATURE_SPARSE != 0 }
+        let knows = |feature| self.peer_features & feature != 0;
+        Encodings { compression, delta_cache_bytes, sparse: knows(FEATURE_SPARSE), coming: knows(FEATURE_COMING) }
     }
 
     /// A peer from which nothing was heard for so long is lost: [`Input::LinkLost`].

@@ -134,6 +134,8 @@ pub struct Encodings {
     pub delta_cache_bytes: u64,
     /// Pages that are zeros but for a few words may be sent as those.
     pub sparse: bool,
+    /// The destination is told which pages come next.
+    pub coming: bool,
 }
 
 impl Encodings {

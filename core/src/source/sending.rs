@@ -5,10 +5,12 @@
 //! [`Unacknowledged`]. Both outlive their link: after a break, [`break_off`] makes pending again what nobody knows to have
 //! arrived.
 
+mod announcing;
 mod visiting;
 
 use std::io;
 
+use self::announcing::Announcing;
 use self::visiting::{Current, Piece};
 use super::Encodings;
 use super::compressing::Compressing;
@@ -146,6 +148,7 @@ pub struct SendingChannel {
     /// Pages of this round that had been sent before.
     again: u64,
     piece: Piece,
+    announcing: Announcing,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -231,6 +234,7 @@ impl SendingChannel {
             untouched: 0,
             again: 0,
             piece: Piece::default(),
+            announcing: Announcing::new(encodings.coming),
         })
     }
 

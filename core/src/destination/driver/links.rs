@@ -7,6 +7,7 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::super::populating::Populating;
 use super::super::receiving::{DestinationPages, ReceivingChannel};
 use super::super::worker::{self, WorkerError};
 use super::{Driver, FromLinks, Input};
@@ -77,6 +78,7 @@ impl<H: DestinationHost> Driver<'_, H> {
         if self.idle.is_empty() {
             let new = (0..channels).map(|index| ReceivingChannel::new(&pages, index.into(), channels.into()));
             self.idle = new.collect::<io::Result<_>>()?;
+            self.populating = Some(Populating::start(Arc::clone(&pages))?);
         }
         let idle = std::mem::take(&mut self.idle);
         for (index, (receiving, channel)) in idle.into_iter().zip(opened).enumerate() {
@@ -98,11 +100,12 @@ impl<H: DestinationHost> Driver<'_, H> {
         channel: Channel,
     ) -> io::Result<()> {
         let (inputs, link, links) = (self.sender.clone(), self.link.clone(), self.links);
+        let coming = self.populating.as_ref().map(Populating::coming);
         self.hang_ups.push(Arc::clone(&channel.hang_up));
         let worker = thread::Builder::new().name(format!("data-{index}")).spawn(move || {
             // The writing half stays open until the channel has ended: closing it early could reset the connection.
             let Channel { mut reader, writer: _writer, .. } = channel;
-            let input = match worker::run(&pages, &link, index, &mut receiving, &mut *reader) {
+            let input = match worker::run(&pages, &link, index, &mut receiving, &mut *reader, coming.as_ref()) {
                 Ok(sum) => Input::ChannelEnded { sum },
                 Err(error @ WorkerError::Io(..)) => Input::ChannelLost(error.to_string()),
                 Err(error @ WorkerError::Decode(..)) => Input::Nonsense(error.to_string()),

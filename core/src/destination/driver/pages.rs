@@ -32,6 +32,8 @@ impl<H: DestinationHost> Driver<'_, H> {
         else {
             return Err(MachineError::new("there is no memory to be filled"));
         };
+        // Whatever were made ready now would be missing, and look as if it were there.
+        self.populating = None;
         let memory = machine.fill_later(&mut runs(pages.view.layout(), &wanted))?;
         let channels = std::mem::take(&mut self.page_channels);
         let limit = self.options.silence_limit;

@@ -88,6 +88,9 @@ impl SendingChannel {
             Visit::Final { link_bytes_per_s } => link_bytes_per_s,
         };
         self.choose_encoding(rate)?;
+        if first {
+            self.announcing.announce(index, pages, &mut self.encoder);
+        }
         self.encoder.begin_stripe(stripe.first_frame);
         let [ready, holes] = [StripeBits::default(); 2];
         self.current = Some(Current { index, stripe, visit, slow: is_slow(rate), ready, look_for_holes, holes });

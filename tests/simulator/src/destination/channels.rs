@@ -80,7 +80,7 @@ impl World {
             let Some(index) = end.data().position(|data| data == id) else { return };
             while let Some(received) = world.receives(end, id, index) {
                 match received {
-                    Ok(Received::Nothing) => {}
+                    Ok(Received::Nothing | Received::Coming(_)) => {}
                     Ok(Received::Mark(mark)) => {
                         let applied = Applied { channel: index as u16, mark };
                         world.send(end.link.id, 1, &Message::Applied(applied));
