@@ -23,12 +23,14 @@ pub struct Settings {
     pub multifd: bool,
     /// Clear text off loopback is allowed.
     pub insecure: bool,
+    /// Pages are sent without being copied, where the kernel can.
+    pub zero_copy: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let options = SourceOptions { host_name: host_name(), ..SourceOptions::default() };
-        Settings { multifd: options.channels > 1, options, insecure: false }
+        Settings { multifd: options.channels > 1, options, insecure: false, zero_copy: false }
     }
 }
 
@@ -37,6 +39,11 @@ impl Settings {
     pub fn source_options(&self) -> SourceOptions {
         let channels = if self.multifd { self.options.channels } else { 1 };
         SourceOptions { channels, ..self.options.clone() }
+    }
+
+    /// The transport's options.
+    pub fn transport(&self) -> godwit_transport::Options {
+        godwit_transport::Options { insecure: self.insecure, zero_copy: self.zero_copy }
     }
 
     /// Takes over what `parameters` give, all or nothing.
@@ -93,6 +100,7 @@ impl Settings {
         options.verify = parameters.verify.unwrap_or(options.verify);
         options.audit = parameters.audit.unwrap_or(options.audit);
         self.insecure = parameters.insecure.unwrap_or(self.insecure);
+        self.zero_copy = parameters.zero_copy_send.unwrap_or(self.zero_copy);
         self.options = options;
         Ok(())
     }
@@ -123,6 +131,7 @@ impl Settings {
             verify: Some(options.verify),
             audit: Some(options.audit),
             insecure: Some(self.insecure),
+            zero_copy_send: Some(self.zero_copy),
         }
     }
 }
@@ -185,6 +194,9 @@ pub struct Parameters {
     /// Hash the stopped source's memory after the handover.
     #[serde(rename = "x-godwit-audit", skip_serializing_if = "Option::is_none")]
     pub audit: Option<bool>,
+    /// Send pages without copying them, where the kernel can. The same as the capability `zero-copy-send`.
+    #[serde(rename = "x-godwit-zero-copy-send", skip_serializing_if = "Option::is_none")]
+    pub zero_copy_send: Option<bool>,
     /// Allow clear text off loopback.
     #[serde(rename = "x-godwit-insecure", skip_serializing_if = "Option::is_none")]
     pub insecure: Option<bool>,
@@ -363,7 +375,7 @@ pub struct CapabilityState {
 }
 
 /// Capabilities of QEMU that Godwit knows and does not have.
-const ABSENT_CAPABILITIES: [&str; 6] = ["xbzrle", "auto-converge", "release-ram", "block", "x-colo", "zero-copy-send"];
+const ABSENT_CAPABILITIES: [&str; 5] = ["xbzrle", "auto-converge", "release-ram", "block", "x-colo"];
 
 impl Settings {
     /// Every capability and whether it is on.
@@ -375,6 +387,7 @@ impl Settings {
             ("postcopy-ram", true),
             ("postcopy-preempt", true),
             ("multifd", self.multifd),
+            ("zero-copy-send", self.zero_copy),
             ("pause-before-switchover", self.options.pause_before_switchover),
         ];
         let absent = ABSENT_CAPABILITIES.map(|name| (name, false));
@@ -387,6 +400,7 @@ impl Settings {
         for CapabilityState { capability, state } in wanted {
             match (capability.as_str(), state) {
                 ("multifd", _) => next.multifd = *state,
+                ("zero-copy-send", _) => next.zero_copy = *state,
                 ("pause-before-switchover", _) => next.options.pause_before_switchover = *state,
                 ("events" | "return-path" | "postcopy-ram" | "postcopy-preempt", true) => {}
                 // Nothing goes over to it unless somebody says so.

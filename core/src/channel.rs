@@ -44,6 +44,20 @@ pub trait ChannelWriter: Send {
         self.write_all(buffer)
     }
 
+    /// Writes the first `length` bytes of `buffer` as [`ChannelWriter::write_all`] or [`ChannelWriter::write_more`] do. `buffer` may be kept
+    /// for as long as they are on their way: then another one of the same length is put in its place, in which there may be anything.
+    fn write_kept(&mut self, buffer: &mut Vec<u8>, length: usize, more: bool) -> io::Result<()> {
+        match more {
+            true => self.write_more(&buffer[..length]),
+            false => self.write_all(&buffer[..length]),
+        }
+    }
+
+    /// What whoever started the move should know of how this channel writes, once.
+    fn says(&mut self) -> Option<String> {
+        None
+    }
+
     /// Whether files can be passed on with what is written: over a unix socket.
     fn passes_files(&self) -> bool {
         false

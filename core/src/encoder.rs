@@ -263,6 +263,12 @@ impl ChannelEncoder {
         &self.out
     }
 
+    /// The same bytes, and how many they are, for whoever puts another buffer of the same length in their place before they are cleared.
+    pub fn buffer(&mut self) -> (&mut Vec<u8>, usize) {
+        self.close_run();
+        self.out.buffer()
+    }
+
     /// Forgets the bytes: they have been written.
     pub fn clear(&mut self) {
         debug_assert!(self.run.is_none(), "cleared without having been asked for the bytes");

@@ -39,6 +39,11 @@ impl Output {
         &self.bytes[self.length..]
     }
 
+    /// The bytes, and how many of them count, for whoever puts another buffer of the same length in their place.
+    pub(crate) fn buffer(&mut self) -> (&mut Vec<u8>, usize) {
+        (&mut self.bytes, self.length)
+    }
+
     /// Takes away all.
     pub(crate) fn clear(&mut self) {
         self.length = 0;

@@ -56,7 +56,10 @@ fn run(cli: &Cli) -> anyhow::Result<End> {
     let control = cli.control.clone().unwrap_or_else(|| Path::new(CONTROL_DIRECTORY).join(format!("{name}.sock")));
     let settings = Settings { insecure: cli.insecure, ..Settings::default() };
     let keeper = Keeper::start(ControlSocket::bind(&control)?, &name, settings, hub)?;
-    let listener = godwit_transport::listen(&cli.listen, godwit_transport::Options { insecure: cli.insecure })?;
+    let listener = godwit_transport::listen(
+        &cli.listen,
+        godwit_transport::Options { insecure: cli.insecure, ..Default::default() },
+    )?;
     let host_name = cli.host_id.as_ref().map_or_else(host_name, ToString::to_string);
     let claims = match Host::register(cli.host_id.clone(), Path::new(INSTANCES)) {
         Ok(host) => Some(cli.claim_options(host)),

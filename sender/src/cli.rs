@@ -198,6 +198,9 @@ pub(crate) struct MigrateArgs {
     /// Data channels [default: one more than cores, 4 at most]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) channels: Option<u16>,
+    /// Send pages without copying them into the socket, where the kernel can (tcp://); where it cannot, the move says so, and copies
+    #[arg(long)]
+    pub(crate) zero_copy: bool,
     /// Compression of pages: auto, none, zstd, zstd:LEVEL
     #[arg(long, value_name = "HOW")]
     pub(crate) compress: Option<String>,

@@ -86,7 +86,7 @@ fn write_report(args: &MigrateArgs, outcome: &Outcome, path: &Path) -> Result<()
 fn checked_uri(args: &MigrateArgs) -> Result<String, Failure> {
     let usage = |error: &dyn std::error::Error| Failure::Usage(format!("--to: {error}"));
     let uri: Uri = args.to.parse().map_err(|error| usage(&error))?;
-    let options = godwit_transport::Options { insecure: args.insecure };
+    let options = godwit_transport::Options { insecure: args.insecure, zero_copy: args.zero_copy };
     godwit_transport::connect(&uri, options).map_err(|error| usage(&error))?;
     Ok(uri.to_string())
 }
@@ -125,6 +125,7 @@ fn parameters(args: &MigrateArgs) -> Result<Parameters, Failure> {
         verify: args.verify.map(|verify| verify == Switch::On),
         audit: args.audit.then_some(true),
         insecure: args.insecure.then_some(true),
+        zero_copy_send: args.zero_copy.then_some(true),
         ..Parameters::default()
     })
 }

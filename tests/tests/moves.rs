@@ -31,6 +31,7 @@ fn main() {
             over(scene, TCP, &workload, &["--compress", "zstd"])
         }),
         kvm("unverified", |scene| over(scene, TCP, &Workload::default(), &["--verify", "off"])),
+        kvm("without_copies", without_copies),
         kvm("two_vcpus", |scene| over(scene, TCP, &Workload { vcpus: 2, ..Workload::default() }, &[])),
         kvm("memory_in_a_memfd", memory_in_a_memfd),
         kvm("above_4_gib", above_4_gib),
@@ -78,6 +79,17 @@ fn over(scene: &Scene, listen: &str, workload: &Workload, options: &[&str]) -> R
     let status = source.process.wait(LIMIT)?;
     ensure!(status.code() == Some(0), "a sender whose machine has moved ended with {status}");
     Ok(())
+}
+
+/// The kernel copies over loopback all the same: that is told of, once, and the move goes on.
+fn without_copies(scene: &Scene) -> Result<()> {
+    let workload = Workload::default();
+    let source = Node::sender(scene, "source", None, &workload, &[])?;
+    let destination = Node::receiver(scene, "destination", None, TCP, &[])?;
+    let options = [&SLOW[..], &["--zero-copy"]].concat();
+    let ended = source.move_to(&destination.uri()?, &options, LIMIT)?;
+    let ended = ended.ensure_says(&["pages are copied to be sent: the kernel copies them over this link"])?;
+    ended.ensure_moved(&destination, &workload).map(drop)
 }
 
 fn memory_in_a_memfd(scene: &Scene) -> Result<()> {

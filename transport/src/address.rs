@@ -72,7 +72,7 @@ mod tests {
 
     fn check(host: &str, insecure: bool) -> Result<Vec<SocketAddr>, TransportError> {
         let at = HostPort { host: host.into(), port: 7000 };
-        resolve_for_clear_text(&Uri::Tcp(at.clone()), &at, Options { insecure })
+        resolve_for_clear_text(&Uri::Tcp(at.clone()), &at, Options { insecure, ..Options::default() })
     }
 
     #[test]

@@ -39,6 +39,14 @@ pub enum TransportError {
         /// What was asked for.
         uri: Arc<Uri>,
     },
+    /// Only TCP can send without copying.
+    #[error(
+        "{uri} cannot send pages without copying them: that is for tcp:// alone. Leave --zero-copy (the capability zero-copy-send) out"
+    )]
+    NoZeroCopy {
+        /// What was asked for.
+        uri: Arc<Uri>,
+    },
     /// The host name did not resolve.
     #[error("cannot find the address of {host:?}: {source}")]
     Resolve {

@@ -60,22 +60,31 @@ pub use uri::{Fingerprint, HostPort, Uri, UriError};
 pub struct Options {
     /// Allow transports that neither encrypt nor authenticate (`tcp://`) on addresses other than loopback.
     pub insecure: bool,
+    /// Send pages without copying them where the kernel can (`tcp://`). Where it cannot, the channels say so, and copy.
+    pub zero_copy: bool,
 }
 
 /// Prepares to reach the listener at `uri`: resolves its name and refuses what can never work. Nothing is sent
 /// until a channel is opened.
 ///
 /// # Errors
-/// If the name does not resolve, if clear text would leave this host without [`Options::insecure`], or if a
-/// `quic` URI carries no fingerprint.
+/// If the name does not resolve, if clear text would leave this host without [`Options::insecure`], if a `quic` URI carries no
+/// fingerprint, or if [`Options::zero_copy`] is asked of anything but TCP.
 pub fn connect(uri: &Uri, options: Options) -> Result<Box<dyn godwit_core::Dial>, TransportError> {
     if let Uri::Tcp(at) | Uri::Quic { at, .. } = uri
         && at.port == 0
     {
         return Err(TransportError::NoPort { uri: Arc::new(uri.clone()) });
     }
+    if options.zero_copy && !matches!(uri, Uri::Tcp(_)) {
+        return Err(TransportError::NoZeroCopy { uri: Arc::new(uri.clone()) });
+    }
     Ok(match uri {
-        Uri::Tcp(at) => Box::new(stream::TcpDial::new(uri.clone(), address::resolve_for_clear_text(uri, at, options)?)),
+        Uri::Tcp(at) => Box::new(stream::TcpDial::new(
+            uri.clone(),
+            address::resolve_for_clear_text(uri, at, options)?,
+            options.zero_copy,
+        )),
         Uri::Unix(path) => Box::new(stream::UnixDial::new(uri.clone(), path.clone())),
         Uri::Quic { at, fingerprint } => {
             let fingerprint =

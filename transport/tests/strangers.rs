@@ -193,12 +193,14 @@ fn clear_text_off_loopback_needs_insecure() {
     let uri: Uri = "tcp://0.0.0.0:0".parse().unwrap();
     let error = listen(&uri, Options::default()).unwrap_err().to_string();
     assert!(error.contains("--insecure") && error.contains("quic://"), "{error}");
-    let listener = listen(&uri, Options { insecure: true }).unwrap();
+    let listener = listen(&uri, Options { insecure: true, ..Options::default() }).unwrap();
     a_proper_peer_gets_in_at(&listener);
 
     let error = connect(&"tcp://192.0.2.1:7000".parse().unwrap(), Options::default()).err().unwrap().to_string();
     assert!(error.contains("--insecure"), "{error}");
-    assert!(connect(&"tcp://192.0.2.1:7000".parse().unwrap(), Options { insecure: true }).is_ok());
+    assert!(
+        connect(&"tcp://192.0.2.1:7000".parse().unwrap(), Options { insecure: true, ..Options::default() }).is_ok()
+    );
     let error = connect(&"tcp://127.0.0.1:0".parse().unwrap(), Options::default()).err().unwrap().to_string();
     assert!(error.contains("port 0"), "{error}");
 }

@@ -49,7 +49,7 @@ impl Move {
         // There is one dirty log.
         shared.estimating.call_off();
         let uri: Uri = uri.parse().map_err(|error| QmpError::generic(format!("{uri}: {error}")))?;
-        let dial = godwit_transport::connect(&uri, godwit_transport::Options { insecure: settings.insecure })
+        let dial = godwit_transport::connect(&uri, settings.transport())
             .map_err(|error| QmpError::generic(error.to_string()))?;
         let mut options = settings.source_options();
         options.ownership = shared.state().holding.clone();

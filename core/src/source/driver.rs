@@ -9,6 +9,7 @@ mod machine;
 mod pages;
 mod rounds;
 
+use std::collections::HashSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -118,6 +119,8 @@ pub struct Driver {
     /// How often the links were made: what comes from earlier ones is late.
     links: u32,
     silence_told: bool,
+    /// What the channels have said.
+    said: HashSet<String>,
     link_lost: bool,
     data: Option<Data>,
     pages: Pages,
@@ -162,6 +165,7 @@ impl Driver {
             queue_awaited: false,
             links: 0,
             silence_told: false,
+            said: HashSet::new(),
             link_lost: false,
             data: None,
             pages: Pages::default(),
@@ -300,10 +304,7 @@ impl Driver {
                 self.observer.event(Told::Phase { phase });
             }
             Action::RoundEnded(round) => self.observer.event(Told::Round(round)),
-            Action::Say(text) => {
-                tracing::info!("{text}");
-                self.observer.event(Told::Decision { text });
-            }
+            Action::Say(text) => self.say(text),
             Action::Send(message) => self.send(message),
             Action::CutRound => self.handle.flow.cut_round(),
             Action::UncutRounds => self.handle.flow.uncut_rounds(),
@@ -385,6 +386,18 @@ impl Driver {
         }
     }
 
+    fn say(&self, text: String) {
+        tracing::info!("{text}");
+        self.observer.event(Told::Decision { text });
+    }
+
+    /// Every channel says the same.
+    fn say_once(&mut self, text: String) {
+        if self.said.insert(text.clone()) {
+            self.say(text);
+        }
+    }
+
     fn order(&mut self, order: Order, workers: usize) {
         if let Some(data) = &mut self.data {
             data.order(order, workers);
@@ -405,6 +418,7 @@ impl Driver {
                 return;
             }
             _ if links != self.links => return,
+            WorkerTold::Says(text) => return self.say_once(text),
             WorkerTold::Broken(why) => return self.input(Input::LinkLost(why)),
             WorkerTold::Failed(why) => return self.input(Input::Failed(why)),
             WorkerTold::Done(report) => data.tally.note(report),

@@ -320,6 +320,11 @@ impl SendingChannel {
         }
     }
 
+    /// What [`Polled::Bytes`] has brought and how many bytes that are, for whoever puts another buffer of the same length in its place.
+    pub fn buffer(&mut self) -> (&mut Vec<u8>, usize) {
+        self.encoder.buffer()
+    }
+
     /// The bytes have been written.
     pub fn written(&mut self) {
         self.written_bytes += self.encoder.output_bytes() as u64;

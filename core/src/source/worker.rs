@@ -29,6 +29,8 @@ pub enum Told {
     Marked(Batch),
     /// An order has been carried out.
     Done(Report),
+    /// What whoever started the move should know.
+    Says(String),
     /// The channel broke; why.
     Broken(String),
     /// The channel holds, and what was to be sent cannot be; why.
@@ -112,11 +114,12 @@ impl Worker {
                         flow.wait_for_turn(length)?;
                     }
                     let began = Instant::now();
-                    match more {
-                        true => self.writer.write_more(bytes)?,
-                        false => self.writer.write_all(bytes)?,
-                    }
+                    let (buffer, length_bytes) = self.channel.buffer();
+                    self.writer.write_kept(buffer, length_bytes, more)?;
                     let ended = Instant::now();
+                    if let Some(text) = self.writer.says() {
+                        events.send(self.event(Told::Says(text))).map_err(|_| WorkerError::Alone)?;
+                    }
                     self.link.wrote(length, began, ended, || self.writer.delivery());
                     flow.link_is_slow(self.index, is_slow(self.link.bytes_per_s()));
                     self.channel.written();

@@ -26,19 +26,22 @@ pub(crate) struct TcpDial {
     preferred: AtomicUsize,
     /// The peer was seen to be near.
     near: AtomicBool,
+    /// Data channels send without a copy.
+    zero_copy: bool,
 }
 
 impl TcpDial {
     /// `addresses` are the resolved ones of `uri`, at least one.
-    pub(crate) fn new(uri: Uri, addresses: Vec<SocketAddr>) -> Self {
-        Self { uri: Arc::new(uri), addresses, preferred: AtomicUsize::new(0), near: AtomicBool::new(false) }
+    pub(crate) fn new(uri: Uri, addresses: Vec<SocketAddr>, zero_copy: bool) -> Self {
+        Self { uri: Arc::new(uri), addresses, preferred: AtomicUsize::new(0), near: AtomicBool::new(false), zero_copy }
     }
 
     fn open(&self, preamble: &Preamble, limit: Duration) -> io::Result<Channel> {
         let attempt = Attempt::new(&self.uri, limit);
         let socket = self.connect(&attempt)?;
         attempt.introduce(&socket, preamble)?;
-        Ok(super::channel(socket, self.uri.to_string()))
+        let zero_copy = self.zero_copy && matches!(preamble, Preamble::Data { .. });
+        Ok(super::channel(socket, self.uri.to_string(), zero_copy))
     }
 
     fn connect(&self, attempt: &Attempt<'_>) -> Result<Socket, DialError> {
@@ -106,7 +109,7 @@ impl UnixDial {
         let attempt = Attempt::new(&self.uri, limit);
         let socket = self.connect(&attempt)?;
         attempt.introduce(&socket, preamble)?;
-        Ok(super::channel(socket, self.uri.to_string()))
+        Ok(super::channel(socket, self.uri.to_string(), false))
     }
 
     fn connect(&self, attempt: &Attempt<'_>) -> Result<Socket, DialError> {

@@ -201,7 +201,7 @@ impl Acceptor {
                     return self.gate.turn_away(&arrival.peer, "it left before it was answered");
                 }
                 match arrival.socket.set_nonblocking(false) {
-                    Ok(()) => self.gate.deliver(place, super::channel(arrival.socket, arrival.peer)),
+                    Ok(()) => self.gate.deliver(place, super::channel(arrival.socket, arrival.peer, false)),
                     Err(error) => self.gate.turn_away(&arrival.peer, error),
                 }
             }

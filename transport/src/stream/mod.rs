@@ -7,6 +7,7 @@ mod dial;
 mod files;
 mod listener;
 mod tcp;
+mod zero_copy;
 
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -20,6 +21,7 @@ use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
 pub(crate) use dial::{TcpDial, UnixDial};
 pub(crate) use listener::{Family, StreamListener};
+use zero_copy::ZeroCopy;
 
 use crate::limits::{DEAD_PEER_LIMIT, KEEP_ALIVE_INTERVAL};
 
@@ -52,7 +54,8 @@ fn tune_unix(socket: &Socket) -> io::Result<()> {
 }
 
 /// Makes a channel of a connected, blocking socket.
-fn channel(socket: Socket, peer: String) -> Channel {
+fn channel(socket: Socket, peer: String, zero_copy: bool) -> Channel {
+    let zero_copy = zero_copy.then(|| ZeroCopy::new(&socket));
     let passes_files = socket.domain().is_ok_and(|domain| domain == Domain::UNIX);
     let shared = Arc::new(Shared { socket, passes_files, hung_up: AtomicBool::new(false) });
     Channel {
@@ -62,7 +65,7 @@ fn channel(socket: Socket, peer: String) -> Channel {
             incoming: tcp::Incoming::new(),
             files: Vec::new(),
         }),
-        writer: Box::new(StreamWriter { shared, bytes_written: 0 }),
+        writer: Box::new(StreamWriter { shared, bytes_written: 0, zero_copy }),
         peer,
     }
 }
@@ -155,6 +158,8 @@ fn into_io_error(error: VolatileMemoryError) -> io::Error {
 struct StreamWriter {
     shared: Arc<Shared>,
     bytes_written: u64,
+    /// Large writes are not copied.
+    zero_copy: Option<ZeroCopy>,
 }
 
 impl StreamWriter {
@@ -174,6 +179,19 @@ impl StreamWriter {
         }
         Ok(())
     }
+
+    /// Waits until the kernel reads few enough buffers.
+    fn wait_for_room(&self, zero_copy: &mut ZeroCopy) -> io::Result<()> {
+        loop {
+            self.shared.check()?;
+            if zero_copy.make_room(&self.shared.socket)? {
+                return Ok(());
+            }
+            if let Some(error) = self.shared.socket.take_error()? {
+                return self.shared.check().and(Err(error));
+            }
+        }
+    }
 }
 
 impl ChannelWriter for StreamWriter {
@@ -185,6 +203,22 @@ impl ChannelWriter for StreamWriter {
     fn write_more(&mut self, buffer: &[u8]) -> io::Result<()> {
         // What fills no packet waits for the next write (tcp(7), TCP_CORK).
         self.write_by(buffer, |socket, rest| socket.send_with_flags(rest, libc::MSG_NOSIGNAL | libc::MSG_MORE))
+    }
+
+    fn write_kept(&mut self, buffer: &mut Vec<u8>, length: usize, more: bool) -> io::Result<()> {
+        let Some(mut zero_copy) = self.zero_copy.take_if(|zero_copy| zero_copy.pays_for(length)) else {
+            return if more { self.write_more(&buffer[..length]) } else { self.write_all(&buffer[..length]) };
+        };
+        let (first, flags) = (zero_copy.next_call(), libc::MSG_NOSIGNAL | if more { libc::MSG_MORE } else { 0 });
+        let written = self.write_by(&buffer[..length], |socket, rest| zero_copy.send(socket, rest, flags));
+        zero_copy.keep(buffer, first);
+        let result = written.and_then(|()| self.wait_for_room(&mut zero_copy));
+        self.zero_copy = Some(zero_copy);
+        result
+    }
+
+    fn says(&mut self) -> Option<String> {
+        self.zero_copy.as_mut().and_then(ZeroCopy::says)
     }
 
     fn passes_files(&self) -> bool {
@@ -213,6 +247,7 @@ impl ChannelWriter for StreamWriter {
     }
 
     fn hasten(&mut self) {
+        self.zero_copy.iter_mut().for_each(ZeroCopy::stop);
         tcp::leave_bbr(&self.shared.socket);
     }
 
@@ -226,6 +261,7 @@ impl Drop for StreamWriter {
     fn drop(&mut self) {
         // Fails only if the connection is broken or finished already.
         let _ = self.shared.socket.shutdown(Shutdown::Write);
+        self.zero_copy.iter_mut().for_each(|zero_copy| zero_copy.end(&self.shared.socket));
     }
 }
 

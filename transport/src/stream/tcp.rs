@@ -43,6 +43,21 @@ fn info(socket: &Socket) -> Option<(libc::tcp_info, usize)> {
     (result == 0).then(|| (unsafe { info.assume_init() }, length as usize))
 }
 
+/// Sets an option of the socket layer that is a number (socket(7)).
+pub(super) fn set_option(socket: &Socket, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel reads the length given of `value`.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The reading side of a connection. Whoever waits is woken up once what is awaited is there, or no more can come: the peer has ended, the
 /// connection is broken, or the window is full.
 pub(super) struct Incoming {
@@ -100,20 +115,7 @@ impl Incoming {
         if bytes == self.low_water_bytes {
             return Ok(());
         }
-        let low_water = bytes.clamp(1, i32::MAX as usize) as libc::c_int;
-        // SAFETY: the descriptor is open as long as `socket` is borrowed, and the kernel reads the length given of `low_water`.
-        let result = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_RCVLOWAT,
-                (&raw const low_water).cast(),
-                size_of_val(&low_water) as libc::socklen_t,
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        set_option(socket, libc::SO_RCVLOWAT, bytes.clamp(1, i32::MAX as usize) as libc::c_int)?;
         self.low_water_bytes = bytes;
         Ok(())
     }
